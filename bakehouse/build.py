@@ -1,0 +1,454 @@
+"""The bake: from a plan to an image with its record in the store."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bakehouse import REPOSITORY, host, lock, plan, run, sbom
+from bakehouse.cache import BaseCache, BaseRoot, disk_usage, file_digest, free_bytes
+from bakehouse.errors import BakehouseError
+from bakehouse.manifest import RELEASES
+from bakehouse.plan import Plan
+from bakehouse.progress import Progress
+from bakehouse.record import FILE_NAME, Base, ImageFile, Record, Usage
+from bakehouse.run import Log, Took
+from bakehouse.store import LocalStore
+
+STAGES = ["base root", "elements", "check and seal", "disk", "image files", "SBOM and checksums"]
+
+CLUSTER_SIZE = "128k"
+"""Of a compressed qcow2. Larger compresses better (64k: 1.13 times a tar.zst, 128k: 1.10, 256k: 1.08) and makes each
+small read of a node that runs straight from the file dearer."""
+
+LEAST_FREE = 3 << 29
+"""Bytes that must be free before a bake begins: root, raw disk and image file of a small image."""
+
+KEPT_LOGS = 20
+
+NAMED_PACKAGES = {
+    "slurm": "slurmd",
+    "munge": "munge",
+    "kubernetes": "kubelet",
+    "containerd": "containerd",
+    "cloud-init": "cloud-init",
+    "systemd": "systemd",
+}
+"""Whose versions stand in the record by themselves, and their packages."""
+
+
+@dataclass
+class _Bake:
+    """What the stages of one bake share."""
+
+    plan: Plan
+    tag: str
+    created: datetime.datetime
+    store: LocalStore
+    cache: BaseCache
+    work: Path
+    log: Log
+    progress: Progress
+    took: list[Took]
+
+
+def bake(
+    wanted: Plan,
+    store: LocalStore,
+    cache: BaseCache,
+    console: Console,
+    *,
+    refresh: bool = False,
+    force: bool = False,
+    wait: bool = True,
+    verbose: bool = False,
+) -> tuple[Record, bool]:
+    """Bake an image, unless the store has it.
+
+    Args:
+        wanted: what to bake.
+        store: where the image goes.
+        cache: where base roots and the build folder are.
+        console: shows progress.
+        refresh: renew the base root.
+        force: build even where nothing changed.
+        wait: wait for a bake of the same manifest that is going on.
+        verbose: show the output of diskimage-builder and the other tools.
+
+    Returns:
+        The image's record, and whether it was built now.
+
+    Raises:
+        BakehouseError: a stage failed. Nothing is left behind but the log.
+    """
+    lacking = host.missing()
+    if lacking:
+        names = " ".join(sorted({tool.package for tool in lacking}))
+        raise BakehouseError(
+            f"this host lacks {', '.join(tool.name for tool in lacking)}", hint=f"apt-get install {names}"
+        )
+
+    def say(text: str) -> None:
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    own_lock = store.root / ".locks" / f"{wanted.name}.lock"
+    with run.ending_on_sigterm(), lock.held(own_lock, f"the bake of {wanted.name}", wait=wait, say=say):
+        for leftover in [*store.leftovers(wanted.name), *cache.work.glob(f"{wanted.name}+*")]:
+            run.remove_tree(leftover)
+            say(f"removed {leftover}, which a killed run had left")
+        decision = plan.decide(wanted, store, cache, refresh=refresh, force=force)
+        if decision.image:
+            return decision.image, False
+        for place in {store.root, cache.root}:
+            if free_bytes(place) < LEAST_FREE:
+                raise BakehouseError(
+                    f"only {free_bytes(place) >> 20} MiB are free for {place}, a bake takes at least "
+                    f"{LEAST_FREE >> 20} MiB",
+                    hint="`invoke cache.prune`, `invoke images.remove TAG`, or name a larger disk in bakehouse.yaml",
+                )
+        run.as_root()
+        return _build(wanted, store, cache, console, refresh=refresh, verbose=verbose, wait=wait), True
+
+
+def _build(
+    wanted: Plan,
+    store: LocalStore,
+    cache: BaseCache,
+    console: Console,
+    *,
+    refresh: bool,
+    verbose: bool,
+    wait: bool,
+) -> Record:
+    created = datetime.datetime.now(datetime.UTC)
+    tag = plan.new_tag(wanted.digest, store, created)
+    previous = next((record for record in store.records() if record.name == wanted.name), None)
+    expected = {step.name: step.seconds for step in previous.steps} if previous else {}
+    with (
+        _log(cache.root / "logs", f"{wanted.name}-{tag}.log") as log,
+        _work_folder(cache.work, wanted.name) as work,
+        Progress(f"Baking {wanted.name} {tag}", STAGES, console, expected=expected, verbose=verbose) as progress,
+    ):
+        log.listener = progress.line
+        log.write(f"bakehouse: baking {wanted.name} {tag}, digest {wanted.digest}")
+        job = _Bake(wanted, tag, created, store, cache, work, log, progress, [])
+        try:
+            base = _base_root(job, refresh=refresh, wait=wait)
+            root = _elements(job, base)
+            root_uuid = str(uuid.uuid4())
+            contents = _seal(job, root, root_uuid)
+            raw, sizes = _disk(job, root, root_uuid)
+            with store.adding(wanted.name, tag) as folder:
+                files = _image_files(job, raw, folder)
+                return _record(job, folder, base, files, contents, sizes)
+        except BakehouseError as error:
+            log.write(f"bakehouse: {error.message}")
+            raise _explained(error, log) from error
+        except OSError as error:
+            log.write(f"bakehouse: {error}")
+            raise _explained(BakehouseError(f"the bake failed: {error}"), log) from error
+
+
+@contextlib.contextmanager
+def _log(folder: Path, name: str) -> Iterator[Log]:
+    folder.mkdir(parents=True, exist_ok=True)
+    old = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    for path in old[: -KEPT_LOGS + 1]:
+        path.unlink(missing_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    log = Log(folder / name)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+@contextlib.contextmanager
+def _work_folder(parent: Path, name: str) -> Iterator[Path]:
+    folder = parent / f"{name}+{os.getpid()}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        run.remove_tree(folder)
+
+
+def _isolated(job: _Bake, command: list[str | Path], environment: dict[str, str] | None = None) -> None:
+    report = job.work / "took.json"
+    job.took.append(run.isolated(command, job.log, environment=environment or {}, report=report))
+
+
+def _dib_environment(job: _Bake, base: Path) -> dict[str, str]:
+    archive, security = job.plan.mirrors
+    return {
+        **job.plan.environment,
+        "ARCH": job.plan.manifest.architecture,
+        "ELEMENTS_PATH": job.plan.elements_path,
+        "TMP_DIR": str(job.work),
+        "DIB_IMAGE_CACHE": str(job.work / "dib-cache"),
+        "DIB_LOCKFILES": str(job.work / "dib-locks"),
+        "DIB_NO_TIMESTAMP": "1",
+        "DIB_DISTRIBUTION_MIRROR": archive,
+        "DIB_DEBIAN_SECURITY_MIRROR": security,
+        "DIB_MMDEBSTRAP_TARBALL": str(base),
+        "DIB_MMDEBSTRAP_PACKAGES": ",".join(job.plan.base_packages),
+        "DIB_MMDEBSTRAP_DEBS": str(job.cache.debs(str(job.plan.manifest.release))),
+        # A snapshot's index has run out long ago; its signature still counts.
+        "DIB_MMDEBSTRAP_SOURCE_OPTIONS": "check-valid-until=no" if job.plan.manifest.snapshot else "",
+        "DIB_ROOT_FOLDER": str(job.work / "root"),
+    }
+
+
+def _base_root(job: _Bake, *, refresh: bool, wait: bool) -> BaseRoot:
+    key = job.plan.base_key
+    system = next((e for e in job.plan.elements if e.name == plan.OPERATING_SYSTEM), None)
+    if system is None:
+        raise BakehouseError(
+            f"{job.plan.name} has no element {plan.OPERATING_SYSTEM}, the only operating system that Bakehouse caches",
+            hint=f"put {plan.OPERATING_SYSTEM} in place of the other one",
+        )
+    path = job.cache.bases / f"{key}.lock"
+    with (
+        job.progress.stage("base root"),
+        lock.held(path, f"the base root {key}", wait=wait, say=job.progress.note),
+    ):
+        found, wrong = job.cache.check(key)
+        if found and not refresh:
+            job.progress.cached("base root")
+            return found
+        if wrong:
+            job.progress.note(f"the cached base root {key} is not used: {wrong}; it is made anew")
+        job.cache.debs(str(job.plan.manifest.release)).mkdir(parents=True, exist_ok=True)
+        made = job.work / "base.tar.zst"
+        environment = _dib_environment(job, made) | {"TARGET_ROOT": ""}
+        _isolated(job, [system.path / "root.d" / "10-debian-mmdebstrap"], environment)
+        run.give_back(made)
+        return job.cache.enter(key, made, job.plan.base_inputs, job.created)
+
+
+def _elements(job: _Bake, base: BaseRoot) -> Path:
+    root = job.work / "root"
+    packages = job.plan.manifest.packages
+    command: list[str | Path] = [
+        "disk-image-create", "-n", "--no-tmpfs", "-a", job.plan.manifest.architecture, "-o", job.work / "image",
+        *(["-p", ",".join(packages)] if packages else []),
+        *(element.name for element in job.plan.elements), plan.HAND_OVER,
+    ]  # fmt: skip
+    with job.progress.stage("elements"):
+        _isolated(job, command, _dib_environment(job, base.path))
+    if not (root / "usr").is_dir():
+        raise BakehouseError("diskimage-builder ended well but left no root filesystem", log=job.log.tail())
+    return root
+
+
+def _seal(job: _Bake, root: Path, root_uuid: str) -> dict[str, Any]:
+    image = job.plan.manifest
+    identity = {
+        "name": job.plan.name,
+        "platform": image.platform,
+        "tag": job.tag,
+        "digest": job.plan.digest,
+        "created": job.created.isoformat(timespec="seconds"),
+        "commit": _commit(),
+    }
+    specification = {"identity": identity, "root_uuid": root_uuid, "kernel_arguments": image.kernel_arguments}
+    wanted, report = job.work / "seal.json", job.work / "contents.json"
+    wanted.write_text(json.dumps(specification))
+    with job.progress.stage("check and seal"):
+        try:
+            _isolated(job, [sys.executable, "-I", Path(__file__).with_name("rootfs.py"), root, wanted, report])
+        except run.CommandError as error:
+            found = re.findall(r"^hygiene: (.*)", error.log, flags=re.MULTILINE)
+            if found:
+                raise BakehouseError(
+                    "the root filesystem holds what must not be in an image:\n  " + "\n  ".join(found),
+                    hint="remove it in a cleanup.d script of the element that brings it (docs/image-authors.md)",
+                ) from error
+            raise
+    contents: dict[str, Any] = json.loads(report.read_text())
+    return contents
+
+
+def _disk(job: _Bake, root: Path, root_uuid: str) -> tuple[Path, dict[str, int]]:
+    disk = job.plan.manifest.disk
+    raw, report = job.work / "disk.raw", job.work / "disk.json"
+    job.cache.kvm.mkdir(parents=True, exist_ok=True)
+    size = ["--root-size", str(disk.root_size)] if disk.root_size else []
+    command: list[str | Path] = [
+        sys.executable, "-I", Path(__file__).with_name("disk.py"), root, raw, "--root-uuid", root_uuid, *size,
+        "--firmware", *disk.firmware, "--report", report, "--keep-kernel", job.work / "vmlinuz",
+    ]  # fmt: skip
+    with job.progress.stage("disk"):
+        _isolated(job, command)
+        run.give_back(raw, job.work / "vmlinuz")
+    sizes: dict[str, int] = json.loads(report.read_text())
+    return raw, sizes
+
+
+def _image_files(job: _Bake, raw: Path, folder: Path) -> list[tuple[str, Path]]:
+    disk = job.plan.manifest.disk
+    made: list[tuple[str, Path]] = []
+    with job.progress.stage("image files"):
+        # The raw file comes last: it is moved.
+        for kind in sorted(disk.formats):
+            target = folder / f"{job.plan.name}-{job.tag}.{kind}"
+            if kind == "raw":
+                _move_sparse(raw, target, job.log)
+            else:
+                options, compress = f"cluster_size={CLUSTER_SIZE}", ["-c"]
+                if disk.compression == "none":
+                    options, compress = "cluster_size=64k", []
+                else:
+                    options += f",compression_type={disk.compression}"
+                run.run(
+                    ["qemu-img", "convert", "-W", "-m", "4", *compress, "-f", "raw", "-O", kind, "-o", options, raw,
+                     target],
+                    job.log,
+                )  # fmt: skip
+            made.append((kind, target))
+    return made
+
+
+def _move_sparse(source: Path, target: Path, log: Log) -> None:
+    try:
+        source.rename(target)
+    except OSError:
+        run.run(["cp", "--sparse=always", source, target], log)
+
+
+def _record(
+    job: _Bake,
+    folder: Path,
+    base: BaseRoot,
+    files: list[tuple[str, Path]],
+    contents: dict[str, Any],
+    sizes: dict[str, int],
+) -> Record:
+    image = job.plan.manifest
+    kernel = str(contents["kernel"])
+    bill = folder / "sbom.cdx.json"
+    with job.progress.stage("SBOM and checksums"):
+        sbom.write(
+            bill,
+            contents["packages"],
+            name=job.plan.name,
+            tag=job.tag,
+            distribution=image.distribution,
+            release=RELEASES[str(image.release)],
+            created=job.created,
+        )
+        digests = {path: file_digest(path, "sha256", "sha512") for _, path in files}
+        digests[bill] = file_digest(bill, "sha256", "sha512")
+        for algorithm in ("sha256", "sha512"):
+            lines = [f"{digest[algorithm]}  {path.name}\n" for path, digest in digests.items()]
+            (folder / f"{algorithm.upper()}SUMS").write_text("".join(lines))
+    versions = {row["binary:Package"].partition(":")[0]: row["Version"] for row in contents["packages"]}
+    made = [
+        ImageFile(
+            format=kind,
+            file=path.name,
+            size=path.stat().st_size,
+            virtual_size=sizes["virtual_size"],
+            **digests[path],
+        )
+        for kind, path in files
+    ]
+    record = Record(
+        name=job.plan.name,
+        platform=str(image.platform),
+        tag=job.tag,
+        digest=job.plan.digest,
+        inputs=job.plan.inputs,
+        created=job.created,
+        commit=_commit(),
+        distribution=image.distribution,
+        release=str(image.release),
+        architecture=image.architecture,
+        kernel=kernel,
+        firmware=list(image.disk.firmware),
+        root_size=sizes["root_size"],
+        root_used=sizes["root_used"],
+        files=made,
+        sbom=bill.name,
+        sbom_sha256=digests[bill]["sha256"],
+        package_count=len(contents["packages"]),
+        versions={"kernel": kernel}
+        | {name: versions[package] for name, package in NAMED_PACKAGES.items() if package in versions},
+        base=Base(key=base.key, sha256=base.sha256, created=base.created),
+        steps=job.progress.steps,
+        usage=Usage(
+            peak_memory=max(took.peak_memory for took in job.took),
+            disk=sizes["root_used"] + sum(disk_usage(path) for _, path in files) + disk_usage(job.work / "disk.raw"),
+            cpu_seconds=round(sum(took.cpu_seconds for took in job.took), 2),
+        ),
+        builder=host.versions(),
+    )
+    shutil.move(job.work / "vmlinuz", job.cache.kvm / f"vmlinuz-{kernel}")
+    job.log.write(f"bakehouse: done in {job.progress.elapsed:.1f} s")
+    shutil.copyfile(job.log.path, folder / "build.log")
+    (folder / FILE_NAME).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+_CAUSES = (
+    (r"No space left on device|write error: disk full", "the disk is full",
+     "`invoke cache.prune`, `invoke images.remove TAG`, or name a larger disk in bakehouse.yaml"),
+    (r"E: Unable to locate package (\S+)", "the mirror has no package '{0}'",
+     "check the name; it may be in another release or component"),
+    (r"E: Package '(\S+)' has no installation candidate", "the mirror has no package '{0}'",
+     "check the name; it may be in another release or component"),
+    (r"E: Version '(\S+)' for '(\S+)' was not found", "the mirror has no version {0} of '{1}'",
+     "take a version that it has, or pin a snapshot"),
+    (r"(?:Temporary failure resolving|Could not resolve|Could not connect to|Unable to connect to|"
+     r"Connection failed|Connection timed out)[ :]*'?([\w.:-]*)", "the mirror {0} cannot be reached",
+     "`invoke doctor` checks it; set 'mirror' and 'security_mirror' in bakehouse.yaml, or http_proxy"),
+    (r"The repository '(\S+ \S+)[^']*' (?:does not have a Release file|is not signed)",
+     "the mirror does not serve {0}", "check 'mirror', 'security_mirror' and the manifest's release and snapshot"),
+    (r"E: Failed to fetch (\S+)", "{0} could not be fetched", "the mirror may be changing just now: try again"),
+    (r"No public key|NO_PUBKEY ?(\w*)", "the mirror's signature cannot be checked (key {0})",
+     "update debian-archive-keyring on this host"),
+)  # fmt: skip
+"""What a log says, what that means, and what to do."""
+
+
+def _explained(error: BakehouseError, log: Log) -> BakehouseError:
+    """Say why a stage failed, as far as its output tells."""
+    text = log.recent()
+    hint = error.hint
+    message = error.message
+    for pattern, meaning, remedy in _CAUSES:
+        match = re.search(pattern, f"{message}\n{text}")
+        if match:
+            message, hint = f"the bake failed: {meaning.format(*match.groups())}", remedy
+            break
+    else:
+        script = re.findall(r"dib-run-parts Running (?:/\S+/)?(\w[\w-]*\.d/\S+)", text)
+        ended = re.findall(r"dib-run-parts (\S+) completed", text)
+        if isinstance(error, run.CommandError) and script and script[-1].rpartition("/")[2] not in ended[-1:]:
+            message = f"the bake failed in the element script {script[-1]} ({error.message})"
+            hint = "the last lines below say why"
+    hint = f"{hint}; the whole log is {log.path}" if hint else f"the whole log is {log.path}"
+    return BakehouseError(message, hint=hint, log=error.log or log.tail())

@@ -1,0 +1,121 @@
+"""The record of an image: the JSON beside it, and the only thing that later stages read."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bakehouse.errors import BakehouseError
+
+FILE_NAME = "record.json"
+FORMAT = 1
+"""Version of the record's format; raised when an old reader could misread a new record."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class ImageFile(_Part):
+    """One image file."""
+
+    format: str
+    file: str
+    size: int
+    """Bytes on disk."""
+    virtual_size: int
+    """Bytes that the guest sees."""
+    sha256: str
+    sha512: str
+
+
+class Step(_Part):
+    """One stage of the bake."""
+
+    name: str
+    seconds: float
+    cached: bool = False
+
+
+class Base(_Part):
+    """The base root that the image was built from."""
+
+    key: str
+    sha256: str
+    created: datetime.datetime
+
+
+class Usage(_Part):
+    """What the bake took."""
+
+    peak_memory: int
+    """Bytes: the largest sum of resident memory of the build's processes at one moment, shared pages counted twice."""
+    disk: int
+    """Bytes: the build folder at its fullest, as seen at the ends of stages."""
+    cpu_seconds: float
+
+
+class Record(_Part):
+    """All that is known about one image."""
+
+    format: int = FORMAT
+    name: str
+    platform: str
+    tag: str
+    digest: str
+    """Input digest: SHA-256 over all that can change the result."""
+    inputs: dict[str, str]
+    created: datetime.datetime
+    commit: str
+    distribution: str
+    release: str
+    architecture: str
+    kernel: str
+    """Version of the kernel in the image."""
+    firmware: list[str]
+    root_size: int
+    """Bytes of the root partition."""
+    root_used: int
+    """Bytes that the root filesystem's files take."""
+    files: list[ImageFile]
+    sbom: str
+    sbom_sha256: str
+    package_count: int
+    versions: dict[str, str]
+    """Versions of the packages that name the image: slurm, kernel, cloud-init, ..."""
+    base: Base
+    steps: list[Step]
+    usage: Usage
+    builder: dict[str, str]
+    """Versions of the tools that built it."""
+    verification: dict[str, object] | None = None
+    published: list[dict[str, object]] = []
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the bake took."""
+        return sum(step.seconds for step in self.steps)
+
+
+def read(path: Path) -> Record:
+    """Read a record.
+
+    Raises:
+        BakehouseError: it cannot be read or is not a record.
+    """
+    try:
+        record = Record.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BakehouseError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise BakehouseError(
+            f"{path} is not a record of an image: {str(error).splitlines()[0]}",
+            hint="remove its folder and bake again",
+        ) from error
+    if record.format > FORMAT:
+        raise BakehouseError(
+            f"{path} has format {record.format}, written by a newer Bakehouse", hint="update this checkout"
+        )
+    return record

@@ -1,0 +1,275 @@
+"""External programs: logged, streamed, ended with us, and, where they need root, kept in namespaces of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from bakehouse import sandbox
+from bakehouse.errors import BakehouseError
+
+TAIL_LINES = 12
+"""Lines of a program's output that an error shows."""
+
+STOP_SECONDS = 10
+"""How long a program has to end after SIGTERM before it gets SIGKILL."""
+
+PASSED_ON = (
+    "HOME LANG TERM TZ http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY SSL_CERT_FILE SSL_CERT_DIR "
+    "CURL_CA_BUNDLE REQUESTS_CA_BUNDLE SOURCE_DATE_EPOCH"
+).split()
+"""Variables of the caller that reach a build. Others (DIB_* above all) would change images behind the digest's back."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM arrived. Exit status 143, as a shell reports it."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into an exception, so that everything taken is given back."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """The log of one build: a file, the last lines in memory, and whoever listens.
+
+    Passwords inside addresses are blotted out before a line goes anywhere.
+
+    Args:
+        path: the file; lines are appended.
+        listener: called with each line.
+    """
+
+    def __init__(self, path: Path, listener: Callable[[str], None] = lambda line: None) -> None:
+        self.path = path
+        self.listener = listener
+        self._tail: deque[str] = deque(maxlen=400)
+        self._start = time.monotonic()
+        self._file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, line: str) -> None:
+        """Add a line."""
+        line = redact(line.rstrip("\n"))
+        self._tail.append(line)
+        self._file.write(f"{time.monotonic() - self._start:8.2f} {line}\n")
+        self.listener(line)
+
+    def tail(self, count: int = TAIL_LINES) -> str:
+        """Return the last lines."""
+        return "\n".join([*self._tail][-count:])
+
+    def recent(self) -> str:
+        """Return what is kept in memory, for finding out why something failed."""
+        return "\n".join(self._tail)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def redact(text: str) -> str:
+    """Blot out the user and password part of addresses."""
+    return re.sub(r"(?<=://)[^/@\s'\"]+@", "***@", text)
+
+
+@dataclass(frozen=True)
+class Took:
+    """What an isolated command took."""
+
+    peak_memory: int
+    """Bytes."""
+    cpu_seconds: float
+
+
+class CommandError(BakehouseError):
+    """A program failed."""
+
+    def __init__(self, command: str, status: int, log: str) -> None:
+        ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
+        super().__init__(f"{command} {ended}", log=log)
+        self.status = status
+
+
+def run(command: Sequence[str | Path], log: Log, *, environment: Mapping[str, str] | None = None) -> None:
+    """Run a program, its output going to the log.
+
+    Raises:
+        CommandError: it failed; the error holds the last lines that it wrote.
+    """
+    _stream(command, log, dict(environment) if environment is not None else None, stdin=subprocess.DEVNULL)
+
+
+def isolated(
+    command: Sequence[str | Path],
+    log: Log,
+    *,
+    environment: Mapping[str, str],
+    report: Path,
+) -> Took:
+    """Run a program as root in mount and PID namespaces of its own.
+
+    Mounts that it makes are seen by nobody else, and the kernel undoes them and ends all processes when the program
+    ends or this process does, SIGKILL included.
+
+    Args:
+        command: the program and its arguments.
+        log: takes the output.
+        environment: variables beside those of PASSED_ON; nothing else of the caller's environment is seen.
+        report: a file that is written with what the program took.
+
+    Raises:
+        CommandError: it failed.
+    """
+    whole = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | dict(environment)
+    whole.setdefault("LANG", "C.UTF-8")
+    path = ":".join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin:/sbin:/usr/bin:/bin"])
+    inner = [sys.executable, "-I", sandbox.__file__, "--path", path, "--report", str(report), "--", *map(str, command)]
+    namespaces = "unshare --mount --pid --fork --kill-child --mount-proc --propagation private --".split()
+    log.write(f"$ {shlex.join(map(str, command))}")
+    _stream(
+        [*as_root(tuple(whole)), *namespaces, *inner],
+        log,
+        whole | {"PATH": path},
+        stdin=subprocess.PIPE,
+        name=str(command[0]),
+    )
+    data = json.loads(report.read_text())
+    return Took(int(data["peak_memory"]), float(data["cpu_seconds"]))
+
+
+def as_root(keep: Sequence[str] = ()) -> list[str]:
+    """Return what to put before a command so that it runs as root: nothing where we are root.
+
+    Args:
+        keep: names of variables that the command shall see.
+
+    Raises:
+        BakehouseError: sudo is missing or asks for a password.
+    """
+    if os.geteuid() == 0:
+        return []
+    probe = subprocess.run(["sudo", "-n", "true"], capture_output=True, check=False) if shutil.which("sudo") else None
+    if probe is None or probe.returncode != 0:
+        raise BakehouseError(
+            "building a root filesystem needs root, and sudo without a password is not to be had",
+            hint="run as root, or let your user run sudo without a password (NOPASSWD) on this builder",
+        )
+    return ["sudo", "-n", f"--preserve-env={','.join(keep)}", "--"] if keep else ["sudo", "-n", "--"]
+
+
+def give_back(*paths: Path) -> None:
+    """Make files that root wrote belong to the user who runs us."""
+    if os.geteuid() != 0:
+        owner = f"{os.getuid()}:{os.getgid()}"
+        subprocess.run([*as_root(), "chown", "-R", "-h", owner, "--", *map(str, paths)], check=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder that may hold files of root.
+
+    Raises:
+        BakehouseError: something is mounted in it (it is then left as it is), or it cannot be removed.
+    """
+    if not path.exists():
+        return
+    inside = str(path.resolve()) + "/"
+    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    busy = [mount for mount in mounts if f"{mount}/".startswith(inside)]
+    if busy:
+        raise BakehouseError(
+            f"{path} cannot be removed: {', '.join(busy)} is mounted in it", hint=f"umount {' '.join(busy)}"
+        )
+    done = subprocess.run(
+        [*as_root(), "rm", "-rf", "--one-file-system", "--", str(path)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise BakehouseError(f"{path} cannot be removed: {done.stderr.strip()}")
+
+
+def _stream(
+    command: Sequence[str | Path],
+    log: Log,
+    environment: dict[str, str] | None,
+    *,
+    stdin: int,
+    name: str = "",
+) -> None:
+    words = [str(word) for word in command]
+    if not name:
+        log.write(f"$ {shlex.join(words)}")
+    try:
+        process = subprocess.Popen(
+            words,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except FileNotFoundError as error:
+        raise BakehouseError(f"{words[0]} is not installed", hint="`invoke doctor` says what to install") from error
+    assert process.stdout is not None
+    count = 0
+    try:
+        for line in process.stdout:
+            count += 1
+            log.write(line)
+        status = process.wait()
+    except BaseException:
+        _stop(process)
+        raise
+    finally:
+        process.stdout.close()
+        if process.stdin:
+            process.stdin.close()
+    if status != 0:
+        raise CommandError(Path(name or words[0]).name, status, log.tail(min(count, TAIL_LINES)))
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """End a program: by closing its standard input where it is isolated, by signals otherwise."""
+    if process.stdin:
+        process.stdin.close()
+    else:
+        _signal(process, signal.SIGTERM)
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        _signal(process, signal.SIGKILL)
+        process.wait()
+
+
+def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        process.send_signal(number)

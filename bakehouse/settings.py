@@ -1,0 +1,182 @@
+"""Settings of a site: ``bakehouse.yaml``, then ``BAKEHOUSE_*``, then flags. docs/settings.md explains each."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from platformdirs import user_cache_path, user_data_path
+
+from bakehouse import REPOSITORY, yamlfile
+from bakehouse.errors import BakehouseError
+
+APT_SOURCES = Path("/etc/apt")
+PREFIX = "BAKEHOUSE_"
+
+
+def _url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in {"http", "https", "file"} or not (parts.netloc or parts.scheme == "file"):
+        raise ValueError("must be an address that begins with http://, https:// or file://")
+    return value.rstrip("/")
+
+
+Url = Annotated[str, AfterValidator(_url)]
+Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
+class Settings(BaseModel):
+    """What differs from site to site. No secrets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    store: Folder = Field(
+        default_factory=lambda: user_data_path("bakehouse") / "images",
+        description="The folder that holds the images.",
+    )
+    cache: Folder = Field(
+        default_factory=lambda: user_cache_path("bakehouse"),
+        description="The folder for base roots, downloaded packages and builds in progress.",
+    )
+    manifests: list[Folder] = Field(
+        default=[], description="Folders with manifests of the site; they come before Bakehouse's own."
+    )
+    elements: list[Folder] = Field(
+        default=[], description="Folders with elements of the site; they come before Bakehouse's own."
+    )
+    mirror: Url | None = Field(
+        default=None, description="Debian mirror to build from. Default: the one this host's apt uses."
+    )
+    security_mirror: Url | None = Field(
+        default=None, description="Mirror of Debian's security archive to build from. Default: this host's."
+    )
+    snapshot_mirror: str = Field(
+        default="https://snapshot.debian.org/archive/{archive}/{snapshot}",
+        description="Where pinned snapshots are; {archive} is debian or debian-security.",
+    )
+    node_mirror: Url = Field(default="http://deb.debian.org/debian", description="The mirror that nodes are left with.")
+    node_security_mirror: Url = Field(
+        default="http://deb.debian.org/debian-security", description="The security mirror that nodes are left with."
+    )
+    cache_limit_gib: float = Field(default=20, gt=0, description="What `invoke cache.prune` shrinks the cache to, GiB.")
+
+    def mirrors(self, snapshot: str | None = None) -> tuple[str, str]:
+        """Return the archive and the security archive to build from.
+
+        Args:
+            snapshot: the point in time that a manifest pins, such as ``20261101T000000Z``.
+        """
+        if snapshot:
+            archive, security = (
+                self.snapshot_mirror.format(archive=name, snapshot=snapshot) for name in ("debian", "debian-security")
+            )
+            return archive, security
+        host = host_mirrors()
+        return (
+            self.mirror or host.get("debian", "http://deb.debian.org/debian"),
+            self.security_mirror or host.get("debian-security", "http://deb.debian.org/debian-security"),
+        )
+
+
+def load(environment: Mapping[str, str] = os.environ, start: Path | None = None) -> Settings:
+    """Load the settings that hold here.
+
+    The file is the one that ``BAKEHOUSE_CONFIG`` names, else ``bakehouse.yaml`` in the current folder or in the
+    checkout, else ``~/.config/bakehouse/bakehouse.yaml``, else ``/etc/bakehouse/bakehouse.yaml``.
+
+    Raises:
+        BakehouseError: the file or a variable holds something that is not a setting.
+    """
+    path = _find_file(environment, start or Path.cwd())
+    document = yamlfile.read(path) if path else yamlfile.Document(Path("bakehouse.yaml"), {})
+    data = dict(document.data)
+    lines = dict(document.lines)
+    for name, info in Settings.model_fields.items():
+        value = environment.get(PREFIX + name.upper())
+        if value is not None:
+            is_list = "list" in str(info.annotation)
+            data[name] = value.split(":") if is_list else value
+            for key in [key for key in lines if key[0] == name]:
+                del lines[key]
+    folder = path.parent if path else Path.cwd()
+    for name in ("store", "cache"):
+        if isinstance(data.get(name), str):
+            data[name] = str(folder / Path(data[name]).expanduser())
+    for name in ("manifests", "elements"):
+        if isinstance(data.get(name), list):
+            data[name] = [str(folder / Path(str(item)).expanduser()) for item in data[name]]
+    _refuse_unknown_variables(environment)
+    return yamlfile.check(Settings, yamlfile.Document(document.path, data, lines))
+
+
+def _find_file(environment: Mapping[str, str], start: Path) -> Path | None:
+    named = environment.get(PREFIX + "CONFIG")
+    if named:
+        if not Path(named).is_file():
+            raise BakehouseError(f"BAKEHOUSE_CONFIG names {named}, which is not a file")
+        return Path(named).absolute()
+    places = [
+        start,
+        REPOSITORY,
+        Path("~/.config/bakehouse").expanduser(),
+        Path("/etc/bakehouse"),
+    ]
+    return next((place / "bakehouse.yaml" for place in places if (place / "bakehouse.yaml").is_file()), None)
+
+
+def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    known = [PREFIX + name.upper() for name in Settings.model_fields] + [PREFIX + "CONFIG", PREFIX + "DEBUG"]
+    for name in environment:
+        if name.startswith(PREFIX) and name not in known:
+            raise BakehouseError(
+                f"the variable {name} is not a setting{yamlfile.did_you_mean(name, known)}",
+                hint="docs/settings.md lists them",
+            )
+
+
+def host_mirrors(folder: Path = APT_SOURCES) -> dict[str, str]:
+    """Return the Debian mirrors of this host's apt, by archive: ``debian`` and ``debian-security``.
+
+    Reads both the one-line and the deb822 form (sources.list(5)). Empty on a host that is not Debian.
+    """
+    found: dict[str, str] = {}
+    for uri, suite in _apt_entries(folder):
+        name = "debian-security" if suite.endswith(("-security", "/updates")) else "debian"
+        path = urlsplit(uri).path.rstrip("/")
+        if path.endswith(("/debian", "/debian-security")):
+            found.setdefault(name, uri.rstrip("/"))
+    return found
+
+
+def _apt_entries(folder: Path) -> Iterator[tuple[str, str]]:
+    files = [folder / "sources.list", *sorted(folder.glob("sources.list.d/*.list"))]
+    for path in files:
+        if path.is_file():
+            for line in path.read_text(errors="replace").splitlines():
+                match = re.match(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)", line.strip())
+                if match:
+                    yield match[1], match[2]
+    for path in sorted(folder.glob("sources.list.d/*.sources")):
+        for stanza in path.read_text(errors="replace").split("\n\n"):
+            text = "\n".join(line for line in stanza.splitlines() if not line.startswith("#"))
+            fields = {
+                key.strip().lower(): value.split()
+                for key, value in re.findall(r"^([\w-]+):((?:.*)(?:\n[ \t].*)*)", text, flags=re.MULTILINE)
+            }
+            if fields.get("enabled") == ["no"] or "deb" not in fields.get("types", []):
+                continue
+            for uri in fields.get("uris", []):
+                for suite in fields.get("suites", []):
+                    yield uri, suite
+
+
+def dump(settings: Settings) -> str:
+    """Return the settings as YAML, as ``bakehouse.yaml`` would hold them."""
+    data: dict[str, Any] = settings.model_dump(mode="json")
+    return yaml.safe_dump(data, sort_keys=False)
