@@ -38,11 +38,13 @@ def write(
         created: when the image was baked.
     """
     image = Component(type=ComponentType.OPERATING_SYSTEM, name=name, version=tag, bom_ref=f"image:{name}:{tag}")
+    components = [_component(row, distribution, release) for row in packages]
     bom = Bom(
-        components=[_component(row, distribution, release) for row in packages],
+        components=components,
         metadata=BomMetaData(component=image, timestamp=created),
         serial_number=uuid.uuid5(uuid.NAMESPACE_URL, f"bakehouse:{name}:{tag}"),
     )
+    bom.register_dependency(image, components)
     outputter = make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6)
     path.write_text(outputter.output_as_string(indent=1) + "\n", encoding="utf-8")
 

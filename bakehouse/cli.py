@@ -1,0 +1,455 @@
+"""What the tasks print: tables, summaries, JSON. The doing is in the other modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bakehouse import REPOSITORY, bench, build, host, machine, manifest, run
+from bakehouse import plan as plans
+from bakehouse import settings as site
+from bakehouse.cache import BaseCache
+from bakehouse.errors import BakehouseError
+from bakehouse.plan import Plan
+from bakehouse.record import Record
+from bakehouse.store import LocalStore
+
+WIDTH = None if sys.stdout.isatty() else 160
+"""Columns where no terminal says how many: logs of CI are read in wide windows."""
+
+console = Console(width=WIDTH)
+errors = Console(stderr=True, width=WIDTH)
+
+GIB = 1 << 30
+
+
+def show_error(error: BakehouseError) -> None:
+    """Print an error: the log's last lines, the sentence, the hint."""
+    for line in error.log.splitlines():
+        errors.print(f"  | {line}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    errors.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
+    if error.hint:
+        errors.print(f"[bold]hint:[/] {escape(error.hint)}", highlight=False, soft_wrap=True)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1, default=str))
+
+
+def _size(count: float) -> str:
+    """Write bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def _age(since: datetime.datetime) -> str:
+    """Write how long ago something was."""
+    seconds = max(0.0, (datetime.datetime.now(datetime.UTC) - since).total_seconds())
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _parse_size(text: str, what: str) -> int:
+    try:
+        return manifest.parse_size(text) or 0
+    except ValueError as error:
+        raise BakehouseError(f"{what} {error} (it is '{text}')") from error
+
+
+def _open() -> tuple[site.Settings, LocalStore, BaseCache]:
+    settings = site.load()
+    return settings, LocalStore(settings.store), BaseCache(settings.cache)
+
+
+def _make_plan(name: str, settings: site.Settings, release: str, formats: str) -> Plan:
+    chosen = tuple(part.strip() for part in formats.split(",") if part.strip())
+    return plans.make(name, settings, release=release or None, formats=chosen)
+
+
+def doctor(*, as_json: bool) -> None:
+    """Check the host and print a table."""
+    settings = site.load()
+    rows = []
+    table = Table("", "Check", "Found", "What to do", box=None, pad_edge=False)
+    marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "failed": "[bold red]failed[/]"}
+    with console.status("looking at this host") if not as_json else errors.status(""):
+        for check in host.examine(settings):
+            rows.append(check)
+            table.add_row(marks[check.state], check.subject, escape(check.finding), escape(check.remedy))
+    if as_json:
+        _print_json([dataclasses.asdict(check) for check in rows])
+    else:
+        console.print(table)
+    failed = [check.subject for check in rows if check.state == "failed"]
+    if failed:
+        raise BakehouseError(f"this host cannot bake yet: {', '.join(failed)}", hint="the table's last column says how")
+
+
+def bake(
+    name: str,
+    *,
+    release: str,
+    formats: str,
+    refresh: bool,
+    force: bool,
+    verbose: bool,
+    wait: bool,
+    as_json: bool,
+) -> None:
+    """Bake an image and print a summary."""
+    settings, store, cache = _open()
+    _warn_of_damage(store)
+    wanted = _make_plan(name, settings, release, formats)
+    progress = errors if as_json else console
+    found, built = build.bake(
+        wanted, store, cache, progress, refresh=refresh, force=force, wait=wait, verbose=verbose
+    )
+    if as_json:
+        _print_json(found.model_dump(mode="json") | {"built": built})
+    elif built:
+        _print_summary(found, store)
+    else:
+        console.print(f"{found.name} {found.tag} is up to date: nothing that goes into it has changed. (--force builds)")
+        _print_next(found)
+
+
+def _print_summary(found: Record, store: LocalStore) -> None:
+    table = Table("Stage", "Seconds", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for step in found.steps:
+        table.add_row(step.name, f"{step.seconds:.1f}" + (" (cached)" if step.cached else ""))
+    table.add_row("[bold]all[/]", f"[bold]{found.seconds:.1f}[/]")
+    console.print()
+    console.print(table)
+    console.print()
+    _print_facts(found, store)
+    _print_next(found)
+
+
+def _print_facts(found: Record, store: LocalStore) -> None:
+    folder = store.folder(found.tag)
+    facts = [
+        ("image", f"{found.name} {found.tag}"),
+        *(
+            (file.format, f"{folder / file.file}  ({_size(file.size)}, the guest sees {_size(file.virtual_size)})")
+            for file in found.files
+        ),
+        ("root", f"{_size(found.root_used)} used of {_size(found.root_size)}, grows to the node's disk at boot"),
+        ("boots", f"{' and '.join(found.firmware).upper()}, kernel {found.kernel}"),
+        ("packages", f"{found.package_count}: {folder / found.sbom}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in found.versions.items() if name != "kernel")),
+        ("took", f"{_size(found.usage.peak_memory)} of memory, {_size(found.usage.disk)} of disk at the most"),
+        ("log", str(folder / "build.log")),
+    ]
+    for name, value in facts:
+        console.print(f"[bold]{name:9}[/] {escape(value)}", highlight=False, soft_wrap=True)
+
+
+def _print_next(found: Record) -> None:
+    console.print(f"\nNext: [bold]invoke boot {found.tag}[/]  or  [bold]invoke images[/]", highlight=False)
+
+
+def _warn_of_damage(store: LocalStore) -> None:
+    for error in store.damaged():
+        errors.print(f"warning: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def plan(name: str, *, release: str, formats: str, as_json: bool) -> None:
+    """Print a plan and what a bake of it would do."""
+    settings, store, cache = _open()
+    wanted = _make_plan(name, settings, release, formats)
+    decision = plans.decide(wanted, store, cache)
+    if as_json:
+        would = {
+            "image": decision.image.tag if decision.image else None,
+            "base_cached": decision.base is not None,
+            "reasons": list(decision.reasons),
+        }
+        _print_json(wanted.as_dict() | {"decision": would})
+        return
+    image = wanted.manifest
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    by_element: dict[str, list[str]] = {}
+    for package in wanted.packages:
+        by_element.setdefault(package.element, []).append(package.name)
+    own = [element.name for element in wanted.elements if not element.built_in]
+    others = [element.name for element in wanted.elements if element.built_in]
+    base = decision.base
+    rows = [
+        ("manifest", " <- ".join(reversed(wanted.resolved.chain))),
+        ("description", image.description or "-"),
+        ("system", f"{image.distribution} {image.release}, {image.architecture}, {image.kernel} kernel"),
+        ("snapshot", image.snapshot or "none: the mirror as it is when the base root is made"),
+        ("mirrors", "\n".join(map(plans.without_credentials, wanted.mirrors))),
+        ("disk", f"root {_size(image.disk.root_size) if image.disk.root_size else 'auto'}, "
+                 f"{' and '.join(image.disk.firmware)}, {' and '.join(image.disk.formats)} ({image.disk.compression})"),
+        ("elements", ", ".join(own) + f"\n[dim]and of diskimage-builder: {', '.join(others)}[/]"),
+        *((f"  {element}", " ".join(sorted(set(names)))) for element, names in sorted(by_element.items())),
+        ("digest", wanted.digest),
+        ("base root", f"{wanted.base_key}: " + (
+            f"cached, {_size(base.size)}, {_age(base.created)} old" if base else "to be made")),
+    ]  # fmt: skip
+    for key, value in rows:
+        table.add_row(key, value)
+    console.print(table)
+    console.print()
+    if decision.image:
+        console.print(f"Nothing to build: {decision.image.tag} was built from just this.", highlight=False)
+    else:
+        console.print("[bold]A bake would build the image[/], because:", highlight=False)
+        for reason in decision.reasons:
+            console.print(f"  {escape(reason)}", highlight=False, soft_wrap=True)
+
+
+def manifests(*, as_json: bool) -> None:
+    """List the manifests."""
+    settings, store, _ = _open()
+    places = manifest.folders(settings.manifests)
+    newest = {found.name: found for found in reversed(store.records())}
+    rows: list[dict[str, Any]] = []
+    table = Table("Manifest", "Platform", "System", "Newest image", "Description", box=None, pad_edge=False)
+    for name, path in manifest.find_all(places).items():
+        try:
+            resolved = manifest.resolve(name, places)
+        except BakehouseError as error:
+            rows.append({"name": name, "file": str(path), "error": error.message})
+            table.add_row(escape(name), "[bold red]faulty[/]", "", "", escape(error.message))
+            continue
+        found, image = newest.get(name), resolved.manifest
+        system = f"{image.distribution} {image.release}"
+        rows.append({
+            "name": name, "file": str(path), "platform": image.platform, "extends": list(resolved.chain[:-1]),
+            "release": image.release, "description": image.description, "newest": found.tag if found else None,
+        })  # fmt: skip
+        last = f"{found.tag}, {_age(found.created)} old" if found else "-"
+        table.add_row(name, image.platform or "[dim](base)[/]", system, last, escape(image.description))
+    if as_json:
+        _print_json(rows)
+    else:
+        console.print(table)
+
+
+def schema() -> None:
+    """Print the JSON Schema of manifests."""
+    _print_json(manifest.schema())
+
+
+def images(*, as_json: bool) -> None:
+    """List the images in the store."""
+    _, store, _ = _open()
+    _warn_of_damage(store)
+    found = store.records()
+    if as_json:
+        _print_json([image.model_dump(mode="json", exclude={"inputs"}) for image in found])
+        return
+    if not found:
+        console.print(f"No images in {store.root} yet. Bake one: [bold]invoke bake --platform slurm[/]", soft_wrap=True)
+        return
+    table = Table("Tag", "Manifest", "Platform", "System", "Age", "Files", "Verified", box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
+    for image in found:
+        files = ", ".join(f"{file.format} {_size(file.size)}" for file in image.files)
+        verified = "-" if image.verification is None else str(image.verification.get("result", "?"))
+        system = f"{image.distribution} {image.release}"
+        table.add_row(image.tag, image.name, image.platform, system, _age(image.created), files, verified)
+    console.print(table)
+    total = sum(file.size for image in found for file in image.files)
+    console.print(f"[dim]{len(found)} images, {_size(total)}, in {store.root}[/]", highlight=False, soft_wrap=True)
+
+
+def show(tag: str, *, as_json: bool) -> None:
+    """Show one image."""
+    _, store, _ = _open()
+    found = store.get(tag)
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+        return
+    _print_summary(found, store)
+    more = [("digest", found.digest), ("created", f"{found.created:%Y-%m-%d %H:%M:%S} UTC"), ("commit", found.commit)]
+    more += [("base", f"{found.base.key}, made {found.base.created:%Y-%m-%d %H:%M} UTC")]
+    more += [(f"{file.format} sha512", file.sha512) for file in found.files]
+    console.print()
+    for name, value in more:
+        console.print(f"[bold]{name:9}[/] {escape(value)}", highlight=False, soft_wrap=True)
+
+
+def remove(tag: str) -> None:
+    """Remove an image."""
+    _, store, _ = _open()
+    found = store.get(tag)
+    if not found.tag.startswith(tag):
+        raise BakehouseError(
+            f"'{tag}' is a manifest's name; to remove an image, name its tag", hint=f"its newest image is {found.tag}"
+        )
+    freed = store.remove(found)
+    console.print(f"removed {found.name} {found.tag}, {_size(freed)}", highlight=False)
+
+
+def cache(*, as_json: bool) -> None:
+    """Show the cache."""
+    settings, _, held = _open()
+    entries = held.entries()
+    if as_json:
+        _print_json([dataclasses.asdict(entry) for entry in entries])
+        return
+    table = Table("What", "Name", "Size", "Last used", box=None, pad_edge=False)
+    table.columns[2].justify = "right"
+    for entry in entries:
+        table.add_row(entry.kind, entry.name, _size(entry.size), f"{_age(entry.used)} ago")
+    console.print(table)
+    total = sum(entry.size for entry in entries)
+    limit = f"limit {settings.cache_limit_gib:g} GiB"
+    console.print(f"[dim]{_size(total)} in {held.root} ({limit})[/]", highlight=False, soft_wrap=True)
+
+
+def prune(*, limit: str, everything: bool) -> None:
+    """Shrink the cache."""
+    settings, _, held = _open()
+    size = _parse_size(limit, "--limit") if limit else int(settings.cache_limit_gib * GIB)
+    removed = held.prune(0 if everything else size, datetime.datetime.now(datetime.UTC))
+    freed = sum(entry.size for entry in removed)
+    bases = [entry.name for entry in removed if entry.kind == "base root"]
+    packages = len(removed) - len(bases)
+    console.print(f"removed {len(bases)} base roots and {packages} packages, {_size(freed)}", highlight=False)
+    for name in bases:
+        console.print(f"  {name}", highlight=False)
+
+
+def boot(
+    tag: str,
+    *,
+    firmware: str,
+    memory: str,
+    cpus: int,
+    disk: str,
+    key: str,
+    user_data: str,
+    timeout: int,
+    execute: str,
+) -> None:
+    """Boot an image, show its console, and stop it cleanly."""
+    _, store, cache = _open()
+    found = store.get(tag)
+    if firmware not in {"bios", "uefi"}:
+        raise BakehouseError(f"--firmware {firmware}: it is bios or uefi")
+    if firmware not in found.firmware:
+        raise BakehouseError(
+            f"{found.tag} does not boot under {firmware.upper()}, only {' and '.join(found.firmware).upper()}",
+            hint="its manifest's disk.firmware says so",
+        )
+    image = store.image(found)
+    data = ""
+    if user_data:
+        try:
+            data = Path(user_data).read_text(encoding="utf-8")
+        except OSError as error:
+            raise BakehouseError(f"--user-data {user_data} cannot be read: {error.strerror}") from error
+    private = Path(key).expanduser() if key else None
+    if private and not private.is_file():
+        raise BakehouseError(f"--key {key} is not a file", hint="name the private key; the public one is beside it")
+    with machine.boot(
+        image,
+        probe=cache.kvm,
+        firmware="uefi" if firmware == "uefi" else "bios",
+        memory=_parse_size(memory, "--memory") >> 20,
+        cpus=cpus,
+        disk_size=_parse_size(disk, "--disk") if disk else 0,
+        key=private,
+        user_data=data,
+        hostname=found.name,
+    ) as running:
+        how = "KVM" if running.accelerator == "kvm" else "emulation (KVM does not work here), so a boot takes a minute"
+        errors.print(f"Booting {found.tag} under {firmware.upper()} with {how}. Ctrl-C stops it.", highlight=False)
+        shown = threading.Event()
+        follower = threading.Thread(target=_follow, args=(running, shown), daemon=True)
+        if not execute:
+            follower.start()
+        try:
+            running.wait_for_ssh(timeout)
+            took = time.monotonic() - running.started
+            if execute:
+                done = running.ssh(execute, timeout=timeout)
+                sys.stdout.write(done.stdout)
+                sys.stderr.write(done.stderr)
+                if done.returncode != 0:
+                    raise BakehouseError(f"the command ended with status {done.returncode}")
+                return
+            command = " ".join(running.login.command)
+            errors.print(f"\n[bold green]Up after {took:.0f} s.[/] Log in from another terminal:\n  {escape(command)}\n",
+                         highlight=False, soft_wrap=True)  # fmt: skip
+            while running.running:
+                time.sleep(0.5)
+            errors.print("The machine switched itself off.")
+        except KeyboardInterrupt:
+            errors.print("\nStopping the machine (again Ctrl-C: switch it off) ...")
+        finally:
+            clean = running.stop()
+            shown.set()
+            errors.print("Stopped cleanly." if clean else "Switched off.")
+
+
+def _follow(running: machine.Machine, ended: threading.Event) -> None:
+    """Copy the machine's console to ours."""
+    with running.console.open("rb") as file:
+        while not ended.is_set():
+            piece = file.read(4096)
+            if piece:
+                sys.stdout.buffer.write(piece)
+                sys.stdout.flush()
+            else:
+                time.sleep(0.1)
+
+
+def bench_bake(name: str, *, rounds: int, as_json: bool) -> None:
+    """Measure a bake and print ratios."""
+    if rounds < 1:
+        raise BakehouseError(f"--rounds {rounds}: it is 1 or more")
+    settings = site.load()
+    with run.ending_on_sigterm():
+        result = bench.bake(name, settings, rounds, errors)
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+        return
+    table = Table("Measure", "Value", "Ratio", "Goal", "", box=None, pad_edge=False)
+    for row in result.rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        met = {True: "[green]met[/]", False: "[bold red]missed[/]", None: ""}[row.met]
+        table.add_row(row.name, row.value, ratio, row.goal, met)
+    console.print(table)
+    console.print(f"[dim]{escape(result.machine)}[/]", highlight=False, soft_wrap=True)
+
+
+def show_settings() -> None:
+    """Print the settings."""
+    print(site.dump(site.load()), end="")
+
+
+def test(*, fast: bool, long: bool, only: str) -> None:
+    """Run the tests."""
+    if fast and long:
+        raise BakehouseError("--fast and --long are two tiers: give one of them")
+    marks = "not slow and not long" if fast else "long" if long else "not long"
+    command = [sys.executable, "-m", "pytest", "-m", marks, *(["-k", only] if only else [])]
+    os.chdir(REPOSITORY)
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
