@@ -148,6 +148,7 @@ def _boot(
     """Boot an image in QEMU, show its console, give an SSH command, and stop it cleanly on Ctrl-C.
 
     The image itself is not changed: what the machine writes is thrown away.
+
     Examples:
       invoke boot slurm
       invoke boot 20261123-5853cc9 --firmware uefi --memory 2GiB --disk 10GiB

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -95,7 +96,7 @@ class _BakeBench:
             record = LocalStore(self.settings.store).get(self.name)
             nothing = self._measure(f"{number}/{rounds}: nothing changed", self._command)
             site = self.settings.model_copy(update={"elements": [self._changed_elements(number)]})
-            changed.append(self._measure(f"{number}/{rounds}: one file changed", lambda s=site: self._bake(s)))  # type: ignore[misc]
+            changed.append(self._measure(f"{number}/{rounds}: one file changed", partial(self._bake, site)))
         assert record is not None
         return Result(self._rows(plain, cold, changed, nothing, record), _machine())
 
@@ -105,7 +106,10 @@ class _BakeBench:
         base, whole, part = statistics.median(plain), statistics.median(cold), statistics.median(changed)
         rows = [
             Row("plain mmdebstrap into a tar", f"{base:.1f} s", 1.0),
-            Row("cold bake", f"{whole:.1f} s", whole / base, f"at most {GOAL_COLD} of plain", whole / base <= GOAL_COLD),
+            Row(
+                "cold bake", f"{whole:.1f} s", whole / base,
+                f"at most {GOAL_COLD} of plain", whole / base <= GOAL_COLD,
+            ),
             Row(
                 "nothing changed (the whole command)", f"{nothing:.2f} s", None,
                 f"under {GOAL_NOTHING_SECONDS:g} s", nothing < GOAL_NOTHING_SECONDS,
@@ -142,7 +146,7 @@ class _BakeBench:
         return plan.make(self.name, settings)
 
     def _bake(self, settings: Settings) -> Record:
-        with open(os.devnull, "w") as nowhere:
+        with Path(os.devnull).open("w") as nowhere:
             quiet = Console(file=nowhere)
             return build.bake(
                 self._plan(settings), LocalStore(settings.store), BaseCache(settings.cache), quiet, force=True
@@ -173,10 +177,11 @@ class _BakeBench:
         release = str(wanted.manifest.release)
         components = " ".join(wanted.manifest.components)
         debs = BaseCache(self.settings.cache).debs(release)
-        command = [
+        archives = '"$1/var/cache/apt/archives"'
+        command: list[str | Path] = [
             "mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar", f"--include={names}",
             '--aptopt=APT::Install-Recommends "0"', "--skip=download/empty,essential/unlink",
-            f"--setup-hook=mkdir -p \"$1/var/cache/apt/archives\" && cp -lnt \"$1/var/cache/apt/archives\" '{debs}'/*.deb",
+            f"--setup-hook=mkdir -p {archives} && cp -lnt {archives} '{debs}'/*.deb",
             release, self.scratch / "plain.tar",
             f"deb {archive} {release} {components}",
             f"deb {archive} {release}-updates {components}",

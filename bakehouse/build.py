@@ -422,8 +422,8 @@ _CAUSES = (
      "check the name; it may be in another release or component"),
     (r"E: Version '(\S+)' for '(\S+)' was not found", "the mirror has no version {0} of '{1}'",
      "take a version that it has, or pin a snapshot"),
-    (r"(?:Temporary failure resolving|Could not resolve|Could not connect to|Unable to connect to|"
-     r"Connection failed|Connection timed out)[ :]*'?([\w.:-]*)", "the mirror {0} cannot be reached",
+    ((r"(?:Temporary failure resolving|Could not resolve|Could not connect to|Unable to connect to|"
+      r"Connection failed|Connection timed out)[ :]*'?([\w.:-]*)"), "the mirror {0} cannot be reached",
      "`invoke doctor` checks it; set 'mirror' and 'security_mirror' in bakehouse.yaml, or http_proxy"),
     (r"The repository '(\S+ \S+)[^']*' (?:does not have a Release file|is not signed)",
      "the mirror does not serve {0}", "check 'mirror', 'security_mirror' and the manifest's release and snapshot"),

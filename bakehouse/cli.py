@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -50,10 +51,11 @@ def _print_json(data: Any) -> None:
 
 def _size(count: float) -> str:
     """Write bytes for people."""
+    step = 1024
     for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
+        if count < step:
             return f"{count:.0f} {unit}"
-        count /= 1024
+        count /= step
     return f"{count:.2f} GiB"
 
 
@@ -118,15 +120,15 @@ def bake(
     _warn_of_damage(store)
     wanted = _make_plan(name, settings, release, formats)
     progress = errors if as_json else console
-    found, built = build.bake(
-        wanted, store, cache, progress, refresh=refresh, force=force, wait=wait, verbose=verbose
-    )
+    found, built = build.bake(wanted, store, cache, progress, refresh=refresh, force=force, wait=wait, verbose=verbose)
     if as_json:
         _print_json(found.model_dump(mode="json") | {"built": built})
     elif built:
         _print_summary(found, store)
     else:
-        console.print(f"{found.name} {found.tag} is up to date: nothing that goes into it has changed. (--force builds)")
+        console.print(
+            f"{found.name} {found.tag} is up to date: nothing that goes into it has changed. (--force builds)"
+        )
         _print_next(found)
 
 
@@ -194,14 +196,15 @@ def plan(name: str, *, release: str, formats: str, as_json: bool) -> None:
     own = [element.name for element in wanted.elements if not element.built_in]
     others = [element.name for element in wanted.elements if element.built_in]
     base = decision.base
+    root = f"root {_size(image.disk.root_size) if image.disk.root_size else 'auto'}"
+    formats = " and ".join(image.disk.formats)
     rows = [
         ("manifest", " <- ".join(reversed(wanted.resolved.chain))),
         ("description", image.description or "-"),
         ("system", f"{image.distribution} {image.release}, {image.architecture}, {image.kernel} kernel"),
         ("snapshot", image.snapshot or "none: the mirror as it is when the base root is made"),
         ("mirrors", "\n".join(map(plans.without_credentials, wanted.mirrors))),
-        ("disk", f"root {_size(image.disk.root_size) if image.disk.root_size else 'auto'}, "
-                 f"{' and '.join(image.disk.firmware)}, {' and '.join(image.disk.formats)} ({image.disk.compression})"),
+        ("disk", ", ".join([root, " and ".join(image.disk.firmware), f"{formats} ({image.disk.compression})"])),
         ("elements", ", ".join(own) + f"\n[dim]and of diskimage-builder: {', '.join(others)}[/]"),
         *((f"  {element}", " ".join(sorted(set(names)))) for element, names in sorted(by_element.items())),
         ("digest", wanted.digest),
@@ -356,62 +359,67 @@ def boot(
             f"{found.tag} does not boot under {firmware.upper()}, only {' and '.join(found.firmware).upper()}",
             hint="its manifest's disk.firmware says so",
         )
-    image = store.image(found)
-    data = ""
-    if user_data:
-        try:
-            data = Path(user_data).read_text(encoding="utf-8")
-        except OSError as error:
-            raise BakehouseError(f"--user-data {user_data} cannot be read: {error.strerror}") from error
     private = Path(key).expanduser() if key else None
     if private and not private.is_file():
         raise BakehouseError(f"--key {key} is not a file", hint="name the private key; the public one is beside it")
     with machine.boot(
-        image,
+        store.image(found),
         probe=cache.kvm,
         firmware="uefi" if firmware == "uefi" else "bios",
         memory=_parse_size(memory, "--memory") >> 20,
         cpus=cpus,
         disk_size=_parse_size(disk, "--disk") if disk else 0,
         key=private,
-        user_data=data,
+        user_data=_read_user_data(user_data) if user_data else "",
         hostname=found.name,
     ) as running:
         how = "KVM" if running.accelerator == "kvm" else "emulation (KVM does not work here), so a boot takes a minute"
         errors.print(f"Booting {found.tag} under {firmware.upper()} with {how}. Ctrl-C stops it.", highlight=False)
-        shown = threading.Event()
-        follower = threading.Thread(target=_follow, args=(running, shown), daemon=True)
-        if not execute:
-            follower.start()
         try:
-            running.wait_for_ssh(timeout)
-            took = time.monotonic() - running.started
             if execute:
-                done = running.ssh(execute, timeout=timeout)
-                sys.stdout.write(done.stdout)
-                sys.stderr.write(done.stderr)
-                if done.returncode != 0:
-                    raise BakehouseError(f"the command ended with status {done.returncode}")
-                return
-            command = " ".join(running.login.command)
-            errors.print(f"\n[bold green]Up after {took:.0f} s.[/] Log in from another terminal:\n  {escape(command)}\n",
-                         highlight=False, soft_wrap=True)  # fmt: skip
-            while running.running:
-                time.sleep(0.5)
-            errors.print("The machine switched itself off.")
+                _execute(running, execute, timeout)
+            else:
+                _attend(running, timeout)
         except KeyboardInterrupt:
-            errors.print("\nStopping the machine (again Ctrl-C: switch it off) ...")
+            errors.print("\nStopping the machine (Ctrl-C again: switch it off) ...")
         finally:
             clean = running.stop()
-            shown.set()
             errors.print("Stopped cleanly." if clean else "Switched off.")
 
 
-def _follow(running: machine.Machine, ended: threading.Event) -> None:
-    """Copy the machine's console to ours."""
+def _read_user_data(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise BakehouseError(f"--user-data {name} cannot be read: {error.strerror}") from error
+
+
+def _execute(running: machine.Machine, command: str, timeout: float) -> None:
+    """Run one command in a machine and pass on its output."""
+    running.wait_for_ssh(timeout)
+    done = running.ssh(command, timeout=timeout)
+    sys.stdout.write(done.stdout)
+    sys.stderr.write(done.stderr)
+    if done.returncode != 0:
+        raise BakehouseError(f"the command ended with status {done.returncode}")
+
+
+def _attend(running: machine.Machine, timeout: float) -> None:
+    """Show a machine's console until it ends."""
+    threading.Thread(target=_follow, args=(running,), daemon=True).start()
+    running.wait_for_ssh(timeout)
+    errors.print(f"\n[bold green]Up after {time.monotonic() - running.started:.0f} s.[/]")
+    command = escape(shlex.join(running.login.command))
+    errors.print(f"Log in from another terminal:\n  {command}\n", highlight=False, soft_wrap=True)
+    while running.running:
+        time.sleep(0.5)
+    errors.print("The machine switched itself off.")
+
+
+def _follow(running: machine.Machine) -> None:
+    """Copy a machine's console to ours, to its end."""
     with running.console.open("rb") as file:
-        while not ended.is_set():
-            piece = file.read(4096)
+        while (piece := file.read(4096)) or running.running:
             if piece:
                 sys.stdout.buffer.write(piece)
                 sys.stdout.flush()
@@ -447,9 +455,16 @@ def test(*, fast: bool, long: bool, only: str) -> None:
     """Run the tests."""
     if fast and long:
         raise BakehouseError("--fast and --long are two tiers: give one of them")
-    marks = "not slow and not long" if fast else "long" if long else "not long"
-    command = [sys.executable, "-m", "pytest", "-m", marks, *(["-k", only] if only else [])]
     os.chdir(REPOSITORY)
-    done = subprocess.run(command, check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    parallel, one_by_one = ["-n", "auto", "-m", "not slow and not long"], ["-m", "slow and not long"]
+    runs = [["-m", "long"]] if long else [parallel] if fast else [parallel, one_by_one]
+    selected = ["-k", only] if only else []
+    # Exit status 5: no test was selected.
+    failed = [
+        status
+        for options in runs
+        if (status := subprocess.run([sys.executable, "-m", "pytest", *options, *selected], check=False).returncode)
+        not in ({0, 5} if only else {0})
+    ]
+    if failed:
+        raise SystemExit(failed[0])

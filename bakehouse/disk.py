@@ -87,9 +87,7 @@ class Result:
     """Bytes of the disk."""
 
 
-def assemble(
-    root: Path, image: Path, *, root_uuid: str, root_size: int | None, firmware: list[str]
-) -> Result:
+def assemble(root: Path, image: Path, *, root_uuid: str, root_size: int | None, firmware: list[str]) -> Result:
     """Make a bootable raw disk image of a root filesystem.
 
     Args:
@@ -216,7 +214,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     if arguments.keep_kernel:
-        kernel = arguments.root / "boot" / Path(os.readlink(arguments.root / "vmlinuz")).name
+        kernel = arguments.root / "boot" / (arguments.root / "vmlinuz").readlink().name
         shutil.copyfile(kernel, arguments.keep_kernel)
     arguments.report.write_text(json.dumps(asdict(result)))
     return 0

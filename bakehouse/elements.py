@@ -45,7 +45,7 @@ class Element:
             if path.suffix in {".pyc", ".rst"} or path.name.endswith("~") or "__pycache__" in relative.parts:
                 continue
             if path.is_symlink():
-                content, kind = os.readlink(path).encode(), "link"
+                content, kind = str(path.readlink()).encode(), "link"
             else:
                 content, kind = path.read_bytes(), "run" if os.access(path, os.X_OK) else "file"
             found[str(relative)] = hashlib.sha256(kind.encode() + b"\0" + content).hexdigest()

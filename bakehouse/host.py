@@ -145,8 +145,6 @@ def examine(settings: Settings) -> Iterator[Check]:
 
 def _check_python() -> Check:
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < (3, 11):
-        return Check("Python", "failed", version, "install Python 3.11 or newer")
     return Check("Python", "ok", version)
 
 
@@ -165,7 +163,7 @@ def _check_root() -> Check:
     done = subprocess.run(["sudo", "-n", "true"], capture_output=True, check=False) if shutil.which("sudo") else None
     if done and done.returncode == 0:
         return Check("Root", "ok", "sudo works without a password")
-    user = Path(os.path.expanduser("~")).name
+    user = Path("~").expanduser().name
     line = f"{user} ALL=(ALL) NOPASSWD: ALL"
     return Check(
         "Root",
@@ -220,7 +218,8 @@ def _check_mirror(subject: str, mirror: str, suite: str) -> Check:
     from bakehouse.run import redact
 
     try:
-        with urllib.request.urlopen(f"{mirror}/dists/{suite}/InRelease", timeout=10) as answer:
+        # The settings allow http, https and file addresses only.
+        with urllib.request.urlopen(f"{mirror}/dists/{suite}/InRelease", timeout=10) as answer:  # noqa: S310
             answer.read(1)
     except (urllib.error.URLError, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)

@@ -1,5 +1,7 @@
-"""Whether KVM works here. That /dev/kvm opens proves little: in nested virtual machines and containers it may open
-while no kernel boots. So a kernel is booted, with a deadline, and the answer remembered per host and kernels.
+"""Whether KVM works here.
+
+That /dev/kvm opens proves little: in nested virtual machines and containers it may open while no kernel boots. So a
+kernel is booted, with a deadline, and the answer remembered per host and kernels.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def works(folder: Path) -> Answer:
     if not DEVICE.exists():
         return Answer(False, "there is no /dev/kvm", "enable virtualisation in the firmware, or nested virtualisation")
     if not os.access(DEVICE, os.R_OK | os.W_OK):
-        return Answer(False, "/dev/kvm may not be opened by this user", "add the user to the group kvm: adduser $USER kvm")
+        return Answer(
+            False, "/dev/kvm may not be opened by this user", "add the user to the group kvm: adduser $USER kvm"
+        )
     kernel = _find_kernel(folder)
     note = folder / f"answer-{_key(kernel)}.json"
     try:
@@ -74,7 +78,9 @@ def _fetch_kernel(folder: Path) -> Path:
                 text=True,
                 check=True,
             )
-            package = next(word for word in listing.stdout.split() if word.startswith("linux-image-") and word[12].isdigit())
+            package = next(
+                word for word in listing.stdout.split() if word.startswith("linux-image-") and word[12].isdigit()
+            )
             subprocess.run(
                 ["apt-get", "download", "-o", "APT::Sandbox::User=root", package],
                 cwd=scratch, capture_output=True, check=True,

@@ -336,7 +336,7 @@ def _command(
 
 def _forwarded_port(machine: Machine) -> int:
     """Ask QEMU which port it took for SSH: it chose a free one itself, so nobody can have taken it meanwhile."""
-    machine.wait("answer from QEMU", lambda: machine._monitor.exists(), 30)
+    machine.wait("answer from QEMU", machine._monitor.exists, 30)
     text = str(machine.monitor("human-monitor-command", **{"command-line": "info usernet"}))
     match = re.search(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)", text)
     if not match:

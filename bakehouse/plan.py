@@ -191,7 +191,9 @@ def _base_inputs(
 ) -> dict[str, str]:
     system = next((e for e in expanded if e.name == OPERATING_SYSTEM), None)
     files = system.files() if system else {}
-    maker = {f"element {OPERATING_SYSTEM}/{f}": d for f, d in files.items() if f.startswith(("root.d", "environment.d"))}
+    maker = {
+        f"element {OPERATING_SYSTEM}/{f}": d for f, d in files.items() if f.startswith(("root.d", "environment.d"))
+    }
     # The host's own mirror is one of many that hold the same packages. One that a site names may be frozen or
     # changed, so what it is counts.
     named = {"mirror": settings.mirror, "security_mirror": settings.security_mirror} if not image.snapshot else {}
@@ -262,7 +264,7 @@ def difference(old: dict[str, str], new: dict[str, str]) -> list[str]:
             lines.append(f"{name} was added")
         elif after is None:
             lines.append(f"{name} was removed")
-        elif name.startswith("element ") or name.startswith("builder bakehouse/"):
+        elif name.startswith(("element ", "builder bakehouse/")):
             lines.append(f"{name} changed")
         else:
             lines.append(f"{name} changed from {before} to {after}")

@@ -135,18 +135,18 @@ class Progress:
         for stage in self._stages.values():
             running = stage.state == "running" and stage.started is not None
             seconds = time.monotonic() - stage.started if running and stage.started is not None else stage.seconds
-            mark: RenderableType = {
+            marks: dict[str, RenderableType] = {
                 "waiting": Text("·", style="dim"),
                 "running": self._spinner,
                 "done": Text("✓", style="green"),
                 "cached": Text("✓", style="blue"),
                 "failed": Text("✗", style="bold red"),
-            }[stage.state]
+            }
             beside = "from the cache" if stage.state == "cached" else ""
             if not beside and stage.expected:
                 beside = f"last time {stage.expected:.1f} s"
             grid.add_row(
-                mark,
+                marks[stage.state],
                 Text(stage.name, style="bold" if running else ""),
                 "" if seconds is None else f"{seconds:.1f} s",
                 beside,

@@ -82,7 +82,7 @@ fi
 
 def faults(root: Path) -> list[str]:
     """Return what must not be in an image but is, a sentence each. See docs/image-authors.md."""
-    return [*_identity_faults(root), *_builder_faults(root), *_boot_faults(root)]
+    return [*_identity_faults(root), *_builder_faults(root), *_remnants(root), *_boot_faults(root)]
 
 
 def _identity_faults(root: Path) -> Iterator[str]:
@@ -114,12 +114,15 @@ def _builder_faults(root: Path) -> Iterator[str]:
     for name in ("etc/dib-manifests", "usr/sbin/policy-rc.d", "sbin/start-stop-daemon.REAL"):
         if (root / name).exists():
             yield f"/{name} was left behind by the build"
+
+
+def _remnants(root: Path) -> Iterator[str]:
     log_bytes = sum(path.lstat().st_size for path in (root / "var/log").rglob("*") if path.is_file())
     if log_bytes > MAX_LOG_BYTES:
         yield f"/var/log holds {log_bytes} bytes of the build's logs"
     for folder in ("tmp", "var/tmp", "run", "var/lib/apt/lists", "var/cache/apt/archives"):
         left = [path for path in (root / folder).rglob("*") if path.is_file()]
-        left = [path for path in left if path.name not in {"lock"}]
+        left = [path for path in left if path.name != "lock"]
         if left:
             yield f"/{left[0].relative_to(root)} and {len(left) - 1} more files were left in /{folder}"
     for core in (*root.glob("core"), *root.glob("core.[0-9]*"), *root.glob("var/crash/*")):
@@ -128,7 +131,7 @@ def _builder_faults(root: Path) -> Iterator[str]:
 
 def _boot_faults(root: Path) -> Iterator[str]:
     for name in ("vmlinuz", "initrd.img"):
-        if not (root / name).is_symlink() or not (root / "boot" / Path(os.readlink(root / name)).name).is_file():
+        if not (root / name).is_symlink() or not (root / "boot" / (root / name).readlink().name).is_file():
             yield f"/{name} does not lead to a file in /boot; there is no kernel to boot"
     if not os.access(root / "usr/lib/systemd/systemd", os.X_OK):
         yield "/usr/lib/systemd/systemd is not there; nothing would run"
@@ -136,7 +139,7 @@ def _boot_faults(root: Path) -> Iterator[str]:
 
 def kernel_version(root: Path) -> str:
     """Return the version of the kernel that boots."""
-    return Path(os.readlink(root / "vmlinuz")).name.removeprefix("vmlinuz-")
+    return (root / "vmlinuz").readlink().name.removeprefix("vmlinuz-")
 
 
 def packages(root: Path) -> list[dict[str, str]]:
@@ -149,7 +152,9 @@ def packages(root: Path) -> list[dict[str, str]]:
         check=True,
     )
     rows = [dict(zip(DPKG_FIELDS, line.split("\t"), strict=True)) for line in done.stdout.splitlines()]
-    return sorted((row for row in rows if row["db:Status-Status"] == "installed"), key=lambda row: row["binary:Package"])
+    return sorted(
+        (row for row in rows if row["db:Status-Status"] == "installed"), key=lambda row: row["binary:Package"]
+    )
 
 
 def _write(path: Path, text: str) -> None:

@@ -29,8 +29,8 @@ STOP_SECONDS = 10
 """How long a program has to end after SIGTERM before it gets SIGKILL."""
 
 PASSED_ON = (
-    "HOME LANG TERM TZ http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY SSL_CERT_FILE SSL_CERT_DIR "
-    "CURL_CA_BUNDLE REQUESTS_CA_BUNDLE SOURCE_DATE_EPOCH"
+    "HOME LANG TERM TZ http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY "
+    "SSL_CERT_FILE SSL_CERT_DIR CURL_CA_BUNDLE REQUESTS_CA_BUNDLE SOURCE_DATE_EPOCH"
 ).split()
 """Variables of the caller that reach a build. Others (DIB_* above all) would change images behind the digest's back."""
 
@@ -67,9 +67,9 @@ class Log:
         listener: called with each line.
     """
 
-    def __init__(self, path: Path, listener: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, path: Path, listener: Callable[[str], None] | None = None) -> None:
         self.path = path
-        self.listener = listener
+        self.listener = listener or (lambda _line: None)
         self._tail: deque[str] = deque(maxlen=400)
         self._start = time.monotonic()
         self._file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
@@ -149,12 +149,12 @@ def isolated(
     """
     whole = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | dict(environment)
     whole.setdefault("LANG", "C.UTF-8")
-    path = ":".join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin:/sbin:/usr/bin:/bin"])
+    path = ":".join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/sbin:/sbin:/usr/bin:/bin"])
     inner = [sys.executable, "-I", sandbox.__file__, "--path", path, "--report", str(report), "--", *map(str, command)]
-    namespaces = "unshare --mount --pid --fork --kill-child --mount-proc --propagation private --".split()
+    namespaces = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private", "--"]
     log.write(f"$ {shlex.join(map(str, command))}")
     _stream(
-        [*as_root(tuple(whole)), *namespaces, *inner],
+        [*as_root(tuple(whole)), "unshare", *namespaces, *inner],
         log,
         whole | {"PATH": path},
         stdin=subprocess.PIPE,

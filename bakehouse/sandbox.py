@@ -16,7 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-POLL_SECONDS = 0.25
+SAMPLE_SECONDS = 0.25
+"""How often memory is measured."""
 ABANDONED = 125
 """Exit status when the caller went away."""
 
@@ -49,9 +50,12 @@ def main() -> int:
         return 127
     poll = select.poll()
     poll.register(0, select.POLLIN | select.POLLHUP)
+    ended = os.pidfd_open(process.pid)
+    poll.register(ended, select.POLLIN)
     peak = 0
     while process.poll() is None:
-        if poll.poll(POLL_SECONDS * 1000) and not os.read(0, 1):
+        ready = [descriptor for descriptor, _ in poll.poll(SAMPLE_SECONDS * 1000)]
+        if 0 in ready and not os.read(0, 1):
             return ABANDONED
         peak = max(peak, resident_bytes())
     if arguments.report:

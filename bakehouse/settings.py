@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from platformdirs import user_cache_path, user_data_path
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from bakehouse import REPOSITORY, yamlfile
 from bakehouse.errors import BakehouseError

@@ -1,0 +1,73 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bakehouse import REPOSITORY, build, plan
+from bakehouse.cache import BaseCache
+from bakehouse.record import Record
+from bakehouse.settings import Settings
+from bakehouse.store import LocalStore
+
+FAKES = REPOSITORY / "tests" / "fakes"
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("BAKEHOUSE_", "DIB_")):
+            monkeypatch.delenv(name)
+
+
+@dataclass
+class Site:
+    """A store, a cache, and fakes in place of mmdebstrap and diskimage-builder."""
+
+    settings: Settings
+    fakes: Path
+    output: io.StringIO
+
+    @property
+    def store(self) -> LocalStore:
+        return LocalStore(self.settings.store)
+
+    @property
+    def cache(self) -> BaseCache:
+        return BaseCache(self.settings.cache)
+
+    def behave(self, how: str) -> None:
+        (self.fakes / "behaviour").write_text(how)
+
+    def plan(self, name: str = "slurm") -> plan.Plan:
+        return plan.make(name, self.settings)
+
+    def bake(self, *, refresh: bool = False, force: bool = False, wait: bool = True) -> tuple[Record, bool]:
+        console = Console(file=self.output, width=200)
+        return build.bake(self.plan(), self.store, self.cache, console, refresh=refresh, force=force, wait=wait)
+
+    def leftovers(self) -> list[str]:
+        """Return what a bake should have given back."""
+        mounts = Path("/proc/self/mountinfo").read_text()
+        found = [str(path) for path in self.settings.cache.glob("work/*")]
+        found += [str(path) for path in self.settings.store.glob(".incoming*")]
+        return found + [line for line in mounts.splitlines() if str(self.settings.cache) in line]
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    fakes = tmp_path / "fakes"
+    shutil.copytree(FAKES, fakes)
+    monkeypatch.setenv("PATH", f"{fakes}:{os.environ['PATH']}")
+    settings = Settings(store=tmp_path / "store", cache=tmp_path / "cache")
+    made = Site(settings, fakes, io.StringIO())
+    yield made
+    assert made.leftovers() == []
