@@ -1,0 +1,58 @@
+"""One real bake that all integration tests share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bakehouse import build, plan, run
+from bakehouse import settings as site_settings
+from bakehouse.cache import BaseCache
+from bakehouse.record import Record
+from bakehouse.settings import Settings
+from bakehouse.store import LocalStore
+
+DEBS = "debs-*"
+
+
+@pytest.fixture(scope="session")
+def real_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """A store and a cache of their own. Downloaded packages are shared with the host's cache, nothing else is."""
+    folder = tmp_path_factory.mktemp("real")
+    host = site_settings.load(environment={}).cache
+    cache = folder / "cache"
+    cache.mkdir()
+    for debs in host.glob(DEBS):
+        shutil.copytree(debs, cache / debs.name, copy_function=_link_or_copy)
+    yield Settings(store=folder / "store", cache=cache)
+    host.mkdir(parents=True, exist_ok=True)
+    for debs in cache.glob(DEBS):
+        shutil.copytree(debs, host / debs.name, copy_function=_link_or_copy, dirs_exist_ok=True)
+    run.remove_tree(folder)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    if Path(target).exists():
+        return
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def bake(settings: Settings, name: str = "slurm", **options: bool) -> tuple[Record, bool]:
+    """Bake for real, showing what is done."""
+    wanted = plan.make(name, settings)
+    return build.bake(wanted, LocalStore(settings.store), BaseCache(settings.cache), Console(width=160), **options)
+
+
+@pytest.fixture(scope="session")
+def baked(real_settings: Settings) -> Record:
+    """A Slurm image, baked from nothing."""
+    record, built = bake(real_settings)
+    assert built
+    return record

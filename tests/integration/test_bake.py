@@ -1,0 +1,196 @@
+"""Real bakes: diskimage-builder, mmdebstrap, apt, GRUB."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from oslo_utils.imageutils import format_inspector
+
+from bakehouse import REPOSITORY
+from bakehouse.errors import BakehouseError
+from bakehouse.record import Record
+from bakehouse.settings import Settings
+from bakehouse.store import LocalStore
+from tests.integration.conftest import bake
+
+pytestmark = pytest.mark.slow
+
+
+def leftovers(settings: Settings) -> list[str]:
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    loops = subprocess.check_output(["losetup", "--list", "--noheadings", "--output", "BACK-FILE"], text=True)
+    found = [line for line in [*mounts, *loops.splitlines()] if str(settings.cache.parent) in line]
+    found += [str(path) for path in settings.cache.glob("work/*")]
+    return found + [str(path) for path in settings.store.glob(".incoming*")]
+
+
+def test_a_cold_bake_leaves_an_image_and_nothing_else(baked: Record, real_settings: Settings) -> None:
+    assert leftovers(real_settings) == []
+    assert baked.package_count > 150
+    assert {"slurm", "munge", "cloud-init", "systemd", "kernel"} <= baked.versions.keys()
+    assert not any(step.cached for step in baked.steps)
+
+
+def test_memory_stays_within_a_small_builder(baked: Record) -> None:
+    assert 20 << 20 < baked.usage.peak_memory < 2 << 30
+
+
+def test_the_qcow2_passes_the_checks_of_glance_and_nova(baked: Record, real_settings: Settings) -> None:
+    """Both use oslo.utils' format inspector and refuse what its safety check refuses."""
+    image = LocalStore(real_settings.store).image(baked)
+    found = format_inspector.detect_file_format(str(image))
+    assert found is not None
+    assert str(found) == "qcow2"
+    found.safety_check()
+    assert found.virtual_size == baked.files[0].virtual_size
+    described = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", str(image)]))
+    assert described["format-specific"]["data"]["compression-type"] == "zstd"
+    subprocess.run(["qemu-img", "check", "-q", str(image)], check=True)
+
+
+def test_the_bill_of_materials_holds_every_package(baked: Record, real_settings: Settings) -> None:
+    bill = json.loads((real_settings.store / baked.tag / baked.sbom).read_text())
+    assert bill["specVersion"] == "1.6"
+    assert len(bill["components"]) == baked.package_count
+    slurmd = next(part for part in bill["components"] if part["name"] == "slurmd")
+    assert slurmd["version"] == baked.versions["slurm"]
+    assert {"name": "bakehouse:source", "value": "slurm-wlm"} in slurmd["properties"]
+
+
+def test_no_password_or_builder_path_is_in_the_log(baked: Record, real_settings: Settings) -> None:
+    log = (real_settings.store / baked.tag / "build.log").read_text()
+    assert "Build completed successfully" in log
+    assert "BEGIN OPENSSH PRIVATE KEY" not in log
+
+
+def test_nothing_changed_means_no_build(baked: Record, real_settings: Settings) -> None:
+    again, built = bake(real_settings)
+    assert (again.tag, built) == (baked.tag, False)
+
+
+def test_a_changed_element_rebuilds_from_the_cached_base(
+    baked: Record, real_settings: Settings, tmp_path: Path
+) -> None:
+    shutil.copytree(REPOSITORY / "elements/slurm-node", tmp_path / "slurm-node", symlinks=True)
+    drop_in = tmp_path / "slurm-node/static/etc/systemd/system/slurmd.service.d/10-slurm-node.conf"
+    drop_in.write_text(drop_in.read_text() + "Nice=1\n")
+    changed = real_settings.model_copy(update={"elements": [tmp_path]})
+    record, built = bake(changed)
+    assert built
+    assert record.steps[0].cached
+    assert record.digest != baked.digest
+    names = {step.name: step.seconds for step in record.steps}
+    assert set(names) == {step.name for step in baked.steps}
+
+
+@pytest.fixture
+def site_elements(real_settings: Settings, tmp_path: Path) -> Settings:
+    """A site with a manifest 'broken' and an element of its own."""
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "elements/site-element/install.d").mkdir(parents=True)
+    (tmp_path / "manifests/broken.yaml").write_text("extends: debian-13\nplatform: slurm\nelements: [site-element]\n")
+    return real_settings.model_copy(update={"manifests": [tmp_path / "manifests"], "elements": [tmp_path / "elements"]})
+
+
+def write_script(settings: Settings, text: str) -> None:
+    script = settings.elements[0] / "site-element/install.d/50-site"
+    script.write_text(f"#!/bin/bash\nset -eu\n{text}\n")
+    script.chmod(0o755)
+
+
+def test_a_failing_element_script_is_named(baked: Record, site_elements: Settings) -> None:
+    write_script(site_elements, "echo this is why\nexit 3")
+    with pytest.raises(BakehouseError, match=r"element script install\.d/50-site") as caught:
+        bake(site_elements, "broken")
+    assert "this is why" in caught.value.log
+    assert leftovers(site_elements) == []
+
+
+def test_an_unknown_package_is_named(baked: Record, site_elements: Settings) -> None:
+    manifest = site_elements.manifests[0] / "broken.yaml"
+    manifest.write_text(manifest.read_text().replace("[site-element]", "[]") + "packages: [frobnicate]\n")
+    with pytest.raises(BakehouseError, match="the mirror has no package 'frobnicate'"):
+        bake(site_elements, "broken")
+    assert leftovers(site_elements) == []
+
+
+def test_an_unreachable_mirror_is_named(real_settings: Settings) -> None:
+    closed = real_settings.model_copy(
+        update={"mirror": "http://127.0.0.1:9/debian", "security_mirror": "http://127.0.0.1:9/debian-security"}
+    )
+    with pytest.raises(BakehouseError, match=r"mirror 127\.0\.0\.1:9 cannot be reached") as caught:
+        bake(closed)
+    assert "invoke doctor" in caught.value.hint
+    assert leftovers(real_settings) == []
+
+
+def test_what_an_element_leaves_in_the_image_is_refused(baked: Record, site_elements: Settings) -> None:
+    write_script(site_elements, "echo 'Acquire::http::Proxy \"http://proxy:3128\";' > /etc/apt/apt.conf.d/10proxy")
+    with pytest.raises(BakehouseError, match=r"10proxy sets a proxy, the builder's"):
+        bake(site_elements, "broken")
+    assert leftovers(site_elements) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+def test_a_bake_killed_inside_diskimage_builder_leaves_nothing(
+    baked: Record, site_elements: Settings, tmp_path: Path, number: signal.Signals
+) -> None:
+    write_script(site_elements, "echo now it waits\nsleep 1234")
+    environment = {
+        **os.environ,
+        "BAKEHOUSE_STORE": str(site_elements.store),
+        "BAKEHOUSE_CACHE": str(site_elements.cache),
+        "BAKEHOUSE_MANIFESTS": str(site_elements.manifests[0]),
+        "BAKEHOUSE_ELEMENTS": str(site_elements.elements[0]),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "invoke", "bake", "--platform", "broken", "--verbose"],
+        cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert any("now it waits" in line for line in process.stdout)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 20
+    while subprocess.run(["pgrep", "-f", "sleep 1234"], capture_output=True, check=False).returncode == 0:
+        assert time.monotonic() < deadline, "the element script went on running"
+        time.sleep(0.1)
+    if number == signal.SIGKILL:
+        # The next run finds what is left, and says so.
+        write_script(site_elements, "exit 1")
+        with pytest.raises(BakehouseError):
+            bake(site_elements, "broken")
+    assert leftovers(site_elements) == []
+
+
+@pytest.mark.parametrize("element", ["slurm-node"])
+def test_elements_work_in_plain_diskimage_builder(real_settings: Settings, tmp_path: Path, element: str) -> None:
+    """With our operating system, and with diskimage-builder's own output, outside Bakehouse."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DIB_", "BAKEHOUSE_"))} | {
+        "ELEMENTS_PATH": str(REPOSITORY / "elements"),
+        "TMP_DIR": str(tmp_path),
+        "DIB_IMAGE_CACHE": str(tmp_path / "cache"),
+        "DIB_MMDEBSTRAP_DEBS": str(real_settings.cache / "debs-trixie-amd64"),
+    }
+    archive, security = real_settings.mirrors()
+    environment |= {"DIB_DISTRIBUTION_MIRROR": archive, "DIB_DEBIAN_SECURITY_MIRROR": security}
+    tool = Path(sys.executable).with_name("disk-image-create")
+    done = subprocess.run(
+        ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--",
+         tool, "-n", "--no-tmpfs", "-t", "tar", "-o", tmp_path / "plain", "debian-mmdebstrap", element],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    names = subprocess.check_output(["tar", "-tf", tmp_path / "plain.tar"], text=True).splitlines()
+    assert "./usr/sbin/slurmd" in names
+    assert "./etc/systemd/system/slurmd.service.d/10-slurm-node.conf" in names
+    assert "./etc/systemd/system/multi-user.target.wants/slurmd.service" not in names
+    assert not [name for name in names if "ssh_host" in name or name.endswith("munge.key")]
