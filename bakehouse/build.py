@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ NAMED_PACKAGES = {
 """Whose versions stand in the record by themselves, and their packages."""
 
 
-@dataclass
+@dataclasses.dataclass
 class _Bake:
     """What the stages of one bake share."""
 
@@ -228,7 +228,7 @@ def _base_root(job: _Bake, *, refresh: bool, wait: bool) -> BaseRoot:
         found, wrong = job.cache.check(key)
         if found and not refresh:
             job.progress.cached("base root")
-            return found
+            return _hold(job, found)
         if wrong:
             job.progress.note(f"the cached base root {key} is not used: {wrong}; it is made anew")
         job.cache.debs(str(job.plan.manifest.release)).mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,14 @@ def _base_root(job: _Bake, *, refresh: bool, wait: bool) -> BaseRoot:
         environment = _dib_environment(job, made) | {"TARGET_ROOT": ""}
         _isolated(job, [system.path / "root.d" / "10-debian-mmdebstrap"], environment)
         run.give_back(made)
-        return job.cache.enter(key, made, job.plan.base_inputs, job.created)
+        return _hold(job, job.cache.enter(key, made, job.plan.base_inputs, job.created))
+
+
+def _hold(job: _Bake, base: BaseRoot) -> BaseRoot:
+    """Link a base root into the build folder, so that it stays there when the cache is pruned meanwhile."""
+    held = job.work / "held-base.tar.zst"
+    held.hardlink_to(base.path)
+    return dataclasses.replace(base, path=held)
 
 
 def _elements(job: _Bake, base: BaseRoot) -> Path:

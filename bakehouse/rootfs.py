@@ -111,7 +111,7 @@ def _builder_faults(root: Path) -> Iterator[str]:
     for source in [*root.glob("etc/apt/sources.list.d/*"), root / "etc/apt/sources.list"]:
         if source.is_file() and ("file:" in (text := source.read_text(errors="replace")) or "copy:" in text):
             yield f"/{source.relative_to(root)} names a folder of the builder"
-    for name in ("etc/dib-manifests", "usr/sbin/policy-rc.d", "sbin/start-stop-daemon.REAL"):
+    for name in ("etc/dib-manifests", "usr/local/bin/install-packages", "usr/sbin/policy-rc.d"):
         if (root / name).exists():
             yield f"/{name} was left behind by the build"
 

@@ -27,6 +27,8 @@ def check(running: Machine, record: Path, suites: list[str]) -> None:
     login = running.login
     config = record.with_name("ssh-config")
     options = "".join(f"  {part}\n" for part in login.options if "=" in part)
+    # One connection for all tests: a handshake takes seconds in an emulated machine.
+    options += f"  ControlMaster auto\n  ControlPath {login.key.parent}/ssh\n  ControlPersist 60\n"
     config.write_text(f"Host *\n{options}".replace("=", " ") + f"  IdentityFile {login.key}\n")
     done = subprocess.run(
         [
