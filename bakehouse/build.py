@@ -135,12 +135,14 @@ def _build(
 ) -> Record:
     created = datetime.datetime.now(datetime.UTC)
     tag = plan.new_tag(wanted.digest, store, created)
-    previous = next((record for record in store.records() if record.name == wanted.name), None)
-    expected = {step.name: step.seconds for step in previous.steps} if previous else {}
+    previous = [record for record in store.records() if record.name == wanted.name]
+    # The last time that a stage had something to do.
+    expected = {step.name: step.seconds for record in reversed(previous) for step in record.steps if not step.cached}
+    title = f"Baking {wanted.name} {tag}" + (f" (the last one took {previous[0].seconds:.0f} s)" if previous else "")
     with (
         _log(cache.root / "logs", f"{wanted.name}-{tag}.log") as log,
         _work_folder(cache.work, wanted.name) as work,
-        Progress(f"Baking {wanted.name} {tag}", STAGES, console, expected=expected, verbose=verbose) as progress,
+        Progress(title, STAGES, console, expected=expected, verbose=verbose) as progress,
     ):
         log.listener = progress.line
         log.write(f"bakehouse: baking {wanted.name} {tag}, digest {wanted.digest}")

@@ -33,7 +33,7 @@ class Progress:
         title: what is being done.
         names: the stages in their order.
         console: where to show it.
-        expected: seconds of each stage in the last run.
+        expected: seconds of each stage the last time that it had something to do.
         verbose: show every line of output instead of the live view.
     """
 
@@ -56,14 +56,12 @@ class Progress:
         self._spinner = Spinner("dots", style="cyan")
 
     def __enter__(self) -> Self:
-        last = sum(stage.expected or 0 for stage in self._stages.values())
-        took = f" (the last one took {last:.0f} s)" if last else ""
         if self.console.is_terminal and not self.verbose:
-            self.console.print(Text.assemble((self.title, "bold"), took))
+            self.console.print(Text(self.title, style="bold"))
             self._live = Live(self, console=self.console, refresh_per_second=4, transient=False)
             self._live.__enter__()
         else:
-            self._say(f"{self.title}{took}")
+            self._say(self.title)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -156,7 +156,7 @@ KEYS: st.SearchStrategy[Any] = (
 )
 
 
-@hypothesis_settings(max_examples=300, deadline=None, database=None)
+@hypothesis_settings(max_examples=150, deadline=None, database=None)
 @given(st.dictionaries(KEYS, VALUES, max_size=5))
 def test_any_mapping_is_a_manifest_or_gives_a_bakehouse_error(data: dict[str, Any]) -> None:
     try:
@@ -335,7 +335,6 @@ def test_the_schema_refuses_what_a_manifest_may_not_hold(data: dict[str, Any]) -
         {"extends": "debian-13", "disk": {"root_size": "auto", "firmware": ["uefi"]}, "environment": {"DIB_X": "1"}},
         {"release": 13},
         {"release": "12"},
-        {"disk": {"root_size": None}},
     ],
 )
 def test_the_schema_takes_what_a_manifest_may_hold(data: dict[str, Any]) -> None:
