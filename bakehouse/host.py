@@ -40,6 +40,8 @@ TOOLS = (
     Tool("sudo", "sudo", "diskimage-builder calls it, also as root"),
     Tool("mmdebstrap", "mmdebstrap", "base roots"),
     Tool("unshare", "util-linux", "namespaces that keep a build from leaking"),
+    Tool("mount", "mount", "diskimage-builder calls it"),
+    Tool("ps", "procps", "diskimage-builder calls it"),
     Tool("sfdisk", "fdisk", "partition tables"),
     Tool("mke2fs", "e2fsprogs", "root filesystems"),
     Tool("mformat", "mtools", "EFI system partitions"),

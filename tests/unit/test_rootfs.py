@@ -84,7 +84,7 @@ def without(name: str) -> Callable[[Path], None]:
         (file("etc/apt/sources.list.d/x.sources", "URIs: copy:/debs"), "/etc/apt/sources.list.d/x.sources names"),
         (file("etc/dib-manifests/x"), "/etc/dib-manifests was left behind by the build"),
         (file("usr/sbin/policy-rc.d"), "/usr/sbin/policy-rc.d was left behind"),
-        (file("sbin/start-stop-daemon.REAL"), "/sbin/start-stop-daemon.REAL was left behind"),
+        (file("usr/local/bin/install-packages"), "/usr/local/bin/install-packages was left behind"),
         (file("var/log/apt/term.log", "x" * (rootfs.MAX_LOG_BYTES + 1)), "/var/log holds 655"),
         (file("tmp/x"), "/tmp/x and 0 more files were left in /tmp"),
         (file("var/tmp/x/y"), "/var/tmp/x/y and 0 more files were left in /var/tmp"),
