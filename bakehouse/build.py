@@ -147,9 +147,14 @@ def _build(
         log.listener = progress.line
         log.write(f"bakehouse: baking {wanted.name} {tag}, digest {wanted.digest}")
         job = _Bake(wanted, tag, created, store, cache, work, log, progress, [])
+        release = str(wanted.manifest.release)
+        cache.debs(release).mkdir(parents=True, exist_ok=True)
+        for name in cache.check_debs(release):
+            log.write(f"bakehouse: {name} in the cache is not as it was downloaded; it is fetched again")
         try:
             base = _base_root(job, refresh=refresh, wait=wait)
             root = _elements(job, base)
+            cache.note_debs(release)
             root_uuid = str(uuid.uuid4())
             contents = _seal(job, root, root_uuid)
             raw, sizes = _disk(job, root, root_uuid)
@@ -233,7 +238,6 @@ def _base_root(job: _Bake, *, refresh: bool, wait: bool) -> BaseRoot:
             return _hold(job, found)
         if wrong:
             job.progress.note(f"the cached base root {key} is not used: {wrong}; it is made anew")
-        job.cache.debs(str(job.plan.manifest.release)).mkdir(parents=True, exist_ok=True)
         made = job.work / "base.tar.zst"
         environment = _dib_environment(job, made) | {"TARGET_ROOT": ""}
         _isolated(job, [system.path / "root.d" / "10-debian-mmdebstrap"], environment)

@@ -15,6 +15,9 @@ from bakehouse.errors import BakehouseError
 FRESH_DAYS = 14
 """Downloaded packages that no build has used for so many days go first."""
 
+DEB_NOTES = "SHA256SUMS"
+"""The file beside downloaded packages that holds their digests."""
+
 
 @dataclass(frozen=True)
 class BaseRoot:
@@ -122,6 +125,40 @@ class BaseCache:
 
     def _note(self, key: str) -> Path:
         return self.bases / f"{key}.json"
+
+    def check_debs(self, release: str) -> list[str]:
+        """Remove downloaded packages that are not what apt once checked. Return their names.
+
+        apt looks at no more than the size of a package that is there already. So the packages' digests are noted after
+        each build in which apt has verified them, and compared before the next one. What has no note was left by a
+        build that did not end well.
+        """
+        folder = self.debs(release)
+        noted = self._noted_debs(folder)
+        spoilt = [
+            deb for deb in sorted(folder.glob("*.deb")) if file_digest(deb, "sha256")["sha256"] != noted.get(deb.name)
+        ]
+        for deb in spoilt:
+            deb.unlink()
+        return [deb.name for deb in spoilt]
+
+    def note_debs(self, release: str) -> None:
+        """Note the digests of downloaded packages, after a build that apt was content with."""
+        folder = self.debs(release)
+        noted = self._noted_debs(folder)
+        digests = {
+            deb.name: noted.get(deb.name) or file_digest(deb, "sha256")["sha256"] for deb in folder.glob("*.deb")
+        }
+        lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
+        write_atomically(folder / DEB_NOTES, "".join(lines))
+
+    @staticmethod
+    def _noted_debs(folder: Path) -> dict[str, str]:
+        try:
+            lines = (folder / DEB_NOTES).read_text().splitlines()
+        except (OSError, UnicodeDecodeError):
+            return {}
+        return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
     def entries(self) -> list[Entry]:
         """Return what the cache holds, the longest unused first."""

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -421,7 +422,8 @@ def _follow(running: machine.Machine) -> None:
     with running.console.open("rb") as file:
         while (piece := file.read(4096)) or running.running:
             if piece:
-                sys.stdout.buffer.write(piece)
+                # Questions to the terminal (where is the cursor?) would have it answer into the user's shell.
+                sys.stdout.buffer.write(re.sub(rb"\x1b\[\d*n", b"", piece))
                 sys.stdout.flush()
             else:
                 time.sleep(0.1)

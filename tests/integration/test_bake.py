@@ -15,6 +15,7 @@ import pytest
 from oslo_utils.imageutils import format_inspector
 
 from bakehouse import REPOSITORY
+from bakehouse.cache import BaseCache
 from bakehouse.errors import BakehouseError
 from bakehouse.record import Record
 from bakehouse.settings import Settings
@@ -120,6 +121,37 @@ def test_an_unknown_package_is_named(baked: Record, site_elements: Settings) -> 
     with pytest.raises(BakehouseError, match="the mirror has no package 'frobnicate'"):
         bake(site_elements, "broken")
     assert leftovers(site_elements) == []
+
+
+def test_a_full_disk_is_named(
+    baked: Record, site_elements: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2g", "tmpfs", small], check=True)
+    try:
+        shutil.copytree(site_elements.cache / "base", small / "base")
+        write_script(site_elements, "dd if=/dev/zero of=/fill bs=1M")
+        with pytest.raises(BakehouseError, match="the disk is full"):
+            bake(site_elements.model_copy(update={"cache": small}), "broken")
+        assert [*(small / "work").iterdir()] == []
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_a_spoilt_package_is_fetched_again(baked: Record, real_settings: Settings) -> None:
+    cache = BaseCache(real_settings.cache)
+    deb = next(cache.debs("trixie").glob("slurmd_*.deb"))
+    whole = deb.read_bytes()
+    deb.unlink()
+    deb.write_bytes(whole[:-1000] + bytes(1000))
+    record, built = bake(real_settings, force=True)
+    assert built
+    assert (
+        f"{deb.name} in the cache is not as it was downloaded"
+        in (real_settings.store / record.tag / "build.log").read_text()
+    )
+    assert deb.read_bytes() == whole
 
 
 def test_an_unreachable_mirror_is_named(real_settings: Settings) -> None:

@@ -54,17 +54,23 @@ def written(tmp_path: Path) -> Manifests:
         ("pakages: [munge]", "2: unknown key 'pakages' (did you mean 'packages'?)"),
         ("disk:\n  root_sise: 4GiB", "3: unknown key 'disk.root_sise' (did you mean 'root_size'?)"),
         ("disk: 4GiB", "2: disk: Input should be a valid dictionary"),
-        ("disk:\n  root_size: 4 GB", "3: disk.root_size: must be 'auto' or a size such as 512MiB or 4GiB "
-         "(it is '4 GB')"),
+        (
+            "disk:\n  root_size: 4 GB",
+            "3: disk.root_size: must be 'auto' or a size such as 512MiB or 4GiB (it is '4 GB')",
+        ),
         ("disk:\n  root_size: 1.5GiB", "3: disk.root_size: must be 'auto' or a size"),
         ("disk:\n  root_size: -4GiB", "3: disk.root_size: must be 'auto' or a size"),
         ("disk:\n  root_size: 0GiB", "3: disk.root_size: "),
         ("disk:\n  root_size: 4294967296", "3: disk.root_size: must be 'auto' or a size"),
-        ("disk:\n  firmware:\n  - bios\n  - efi", "5: disk.firmware.1: 'efi' is not one of bios, uefi "
-         "(did you mean 'uefi'?)"),
+        (
+            "disk:\n  firmware:\n  - bios\n  - efi",
+            "5: disk.firmware.1: 'efi' is not one of bios, uefi (did you mean 'uefi'?)",
+        ),
         ("disk: {formats: []}", "2: disk.formats: List should have at least 1 item"),
-        ("disk: {compression: zst}", "2: disk.compression: 'zst' is not one of zstd, zlib, none "
-         "(did you mean 'zstd'?)"),
+        (
+            "disk: {compression: zst}",
+            "2: disk.compression: 'zst' is not one of zstd, zlib, none (did you mean 'zstd'?)",
+        ),
         ("platform: slrum", "2: platform: 'slrum' is not one of slurm, kubernetes, roce (did you mean 'slurm'?)"),
         ("kernel: generics", "2: kernel: 'generics' is not one of cloud, generic (did you mean 'generic'?)"),
         ("distribution: ubuntu", "2: distribution: 'ubuntu' is not one of debian"),
@@ -79,7 +85,7 @@ def written(tmp_path: Path) -> Manifests:
         ("snapshot: yesterday", "2: snapshot: must be a time such as 20261101T000000Z (it is 'yesterday')"),
         ("snapshot: 2026", "2: snapshot: Input should be a valid string (it is 2026)"),
     ],
-)  # fmt: skip
+)
 def test_a_fault_is_named_by_file_line_and_field(written: Manifests, text: str, fault: str) -> None:
     path = written.write("m", f"release: trixie\n{text}\n")
     assert written.refused("m").message.startswith(f"{path}:{fault}")

@@ -97,7 +97,9 @@ def test_a_damaged_record_is_named(tmp_path: Path, content: str | bytes) -> None
 
 
 def test_a_missing_record_is_named(tmp_path: Path) -> None:
-    assert refused(tmp_path / "record.json").message == f"{tmp_path}/record.json cannot be read: No such file or directory"
+    assert (
+        refused(tmp_path / "record.json").message == f"{tmp_path}/record.json cannot be read: No such file or directory"
+    )
 
 
 def test_the_store_passes_over_what_it_cannot_read_and_says_so(tmp_path: Path) -> None:

@@ -19,8 +19,22 @@ UUID = "00000000-0000-4000-8000-000000000001"
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     made = tmp_path / "root"
-    for name in ("boot", "etc/ssh", "etc/apt/sources.list.d", "etc/apt/apt.conf.d", "home/debian", "root", "run", "tmp",
-                 "usr/lib/systemd", "usr/sbin", "var/log", "var/tmp", "var/lib/apt/lists", "var/lib/dpkg"):
+    for name in (
+        "boot",
+        "etc/ssh",
+        "etc/apt/sources.list.d",
+        "etc/apt/apt.conf.d",
+        "home/debian",
+        "root",
+        "run",
+        "tmp",
+        "usr/lib/systemd",
+        "usr/sbin",
+        "var/log",
+        "var/tmp",
+        "var/lib/apt/lists",
+        "var/lib/dpkg",
+    ):
         (made / name).mkdir(parents=True)  # fmt: skip
     for name in ("etc/machine-id", "boot/vmlinuz-6.12-x", "boot/initrd.img-6.12-x", "var/lib/apt/lists/lock"):
         (made / name).write_text("")

@@ -88,7 +88,9 @@ def test_a_stanza_of_sources_only_does_not_count(tmp_path: Path) -> None:
 
 
 def test_the_suite_says_which_archive_it_is(tmp_path: Path) -> None:
-    text = "deb http://one.example/mirror/debian bullseye/updates main\ndeb http://two.example/debian trixie-updates x\n"
+    text = (
+        "deb http://one.example/mirror/debian bullseye/updates main\ndeb http://two.example/debian trixie-updates x\n"
+    )
     assert apt(tmp_path, sources_list=text) == {
         "debian-security": "http://one.example/mirror/debian",
         "debian": "http://two.example/debian",
@@ -205,8 +207,10 @@ def test_the_two_other_variables_are_known(tmp_path: Path) -> None:
     ("text", "fault"),
     [
         ("stoer: /x", "2: unknown key 'stoer' (did you mean 'store'?)"),
-        ("mirror: ftp://x.example/debian", "2: mirror: must be an address that begins with http://, https:// or "
-         "file:// (it is 'ftp://x.example/debian')"),
+        (
+            "mirror: ftp://x.example/debian",
+            "2: mirror: must be an address that begins with http://, https:// or file:// (it is 'ftp://x.example/debian')",
+        ),
         ("node_mirror: deb.debian.org/debian", "2: node_mirror: must be an address"),
         ("security_mirror: 'http://'", "2: security_mirror: must be an address"),
         ("cache_limit_gib: 0", "2: cache_limit_gib: Input should be greater than 0 (it is 0)"),
@@ -214,7 +218,7 @@ def test_the_two_other_variables_are_known(tmp_path: Path) -> None:
         ("manifests: mine", "2: manifests: Input should be a valid list"),
         ("store: 5", "2: store: "),
     ],
-)  # fmt: skip
+)
 def test_a_faulty_setting_is_named_by_file_and_line(tmp_path: Path, text: str, fault: str) -> None:
     assert refused(tmp_path, f"# settings\n{text}\n").message.startswith(f"{tmp_path}/bakehouse.yaml:{fault}")
 

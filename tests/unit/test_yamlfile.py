@@ -161,15 +161,17 @@ def test_a_document_that_fits_becomes_the_model(tmp_path: Path) -> None:
         ("name: x\nfrobnicate: y\n", "2: unknown key 'frobnicate' (known: inner, must, name, words)"),
         ("inner:\n  wieght: 3\n", "2: unknown key 'inner.wieght' (did you mean 'weight'?)"),
         ("name: [x]\n", "1: name: Input should be a valid string"),
-        ("inner:\n  weight: heavy\n", "2: inner.weight: Input should be a valid integer, unable to parse string as an "
-         "integer (it is 'heavy')"),
+        (
+            "inner:\n  weight: heavy\n",
+            "2: inner.weight: Input should be a valid integer, unable to parse string as an integer (it is 'heavy')",
+        ),
         ("inner:\n  kind: smal\n", "2: inner.kind: 'smal' is not one of big, small (did you mean 'small'?)"),
         ("inner:\n  kind: green\n", "2: inner.kind: 'green' is not one of big, small"),
         ("words:\n- a\n- 5\n", "3: words.1: Input should be a valid string (it is 5)"),
         ("words: a\n", "1: words: Input should be a valid list (it is 'a')"),
         ("inner: 5\n", "1: inner: Input should be a valid dictionary or instance of Inner (it is 5)"),
     ],
-)  # fmt: skip
+)
 def test_a_fault_names_file_line_field_and_what_may_be_meant(tmp_path: Path, content: str, fault: str) -> None:
     assert faults(tmp_path, content) == [f"{tmp_path}/file.yaml:{fault}"]
 
@@ -186,7 +188,8 @@ def test_a_key_that_is_not_a_word_is_named_by_its_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "guess"), [("slrum", " (did you mean 'slurm'?)"), ("kubernets", " (did you mean 'kubernetes'?)"), ("x", "")]
+    ("word", "guess"),
+    [("slrum", " (did you mean 'slurm'?)"), ("kubernets", " (did you mean 'kubernetes'?)"), ("x", "")],
 )
 def test_the_nearest_known_word_is_offered(word: str, guess: str) -> None:
     assert yamlfile.did_you_mean(word, ["slurm", "kubernetes", "roce"]) == guess
