@@ -71,9 +71,12 @@ def _age(since: datetime.datetime) -> str:
 
 def _parse_size(text: str, what: str) -> int:
     try:
-        return manifest.parse_size(text) or 0
-    except ValueError as error:
-        raise BakehouseError(f"{what} {error} (it is '{text}')") from error
+        size = manifest.parse_size(text)
+    except ValueError:
+        size = None
+    if size is None:
+        raise BakehouseError(f"{what} {text}: it is a size such as 512MiB or 4GiB")
+    return size
 
 
 def _open() -> tuple[site.Settings, LocalStore, BaseCache]:

@@ -75,16 +75,11 @@ def expand(names: tuple[str, ...], path: str) -> tuple[Element, ...]:
     Raises:
         BakehouseError: an element is missing, none is an operating system, or two provide the same thing.
     """
-    known = _known(path)
     for name in names:
-        if name not in known:
-            raise BakehouseError(
-                f"there is no element '{name}'{did_you_mean(name, sorted(known))}",
-                hint=f"elements are looked for in {path}",
-            )
+        must_be_known(name, path)
     try:
         # The public get_elements() would read every element folder anew.
-        found = element_dependencies._expand_element_dependencies(list(names), known)
+        found = element_dependencies._expand_element_dependencies(list(dict.fromkeys(names)), _known(path))
     except element_dependencies.MissingElementException as error:
         raise BakehouseError(f"{error}, and an element of this image depends on it") from error
     except element_dependencies.MissingOSException as error:
@@ -95,6 +90,26 @@ def expand(names: tuple[str, ...], path: str) -> tuple[Element, ...]:
     except element_dependencies.AlreadyProvidedException as error:
         raise BakehouseError(f"two elements provide the same thing: {error}") from error
     return tuple(sorted((Element(e.name, Path(e.path)) for e in found), key=lambda e: e.name))
+
+
+def must_be_known(name: str, path: str, where: str = "") -> None:
+    """Raise where there is no element of this name.
+
+    Args:
+        name: the element.
+        path: ``ELEMENTS_PATH``.
+        where: the file and line that ask for it.
+
+    Raises:
+        BakehouseError: there is none.
+    """
+    known = _known(path)
+    if name not in known:
+        at = f"{where}: " if where else ""
+        raise BakehouseError(
+            f"{at}there is no element '{name}'{did_you_mean(name, sorted(known))}",
+            hint=f"elements are looked for in {path}",
+        )
 
 
 @cache

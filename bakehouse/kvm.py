@@ -10,8 +10,10 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +22,9 @@ from bakehouse.errors import BakehouseError
 
 DEADLINE_SECONDS = 20
 """Under KVM a kernel prints its first lines within two seconds; a busy host may need more."""
+
+DOUBTFUL_SECONDS = 86400
+"""How long a no is remembered: the host may only have been busy."""
 
 DEVICE = Path("/dev/kvm")
 
@@ -51,9 +56,14 @@ def works(folder: Path) -> Answer:
     kernel = _find_kernel(folder)
     note = folder / f"answer-{_key(kernel)}.json"
     try:
-        return Answer(**json.loads(note.read_text()))
+        answer = Answer(**json.loads(note.read_text()))
+        if answer.works or time.time() - note.stat().st_mtime < DOUBTFUL_SECONDS:
+            return answer
     except (OSError, ValueError, TypeError):
-        answer = _try(kernel)
+        pass
+    if not shutil.which("qemu-system-x86_64"):
+        return Answer(False, "qemu-system-x86_64 is not installed", "apt-get install qemu-system-x86")
+    answer = _try(kernel)
     write_atomically(note, json.dumps(asdict(answer)))
     return answer
 
@@ -117,8 +127,6 @@ def _try(kernel: Path) -> Answer:
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=DEADLINE_SECONDS, check=False
         )
         output, ended = done.stdout + done.stderr, True
-    except FileNotFoundError:
-        return Answer(False, "qemu-system-x86_64 is not installed", "apt-get install qemu-system-x86")
     except subprocess.TimeoutExpired as error:
         output, ended = (error.stdout or b"") + (error.stderr or b""), False
     text = output.decode(errors="replace")

@@ -22,7 +22,7 @@ def parse_size(value: object) -> int | None:
     """Turn ``auto`` into None and a size such as ``4GiB`` into bytes."""
     if value is None or value == "auto":
         return None
-    match = re.fullmatch(r"(\d+)\s*([MGT]iB)", str(value))
+    match = re.fullmatch(r"([1-9]\d*)\s*([MGT]iB)", str(value))
     if not match:
         raise ValueError("must be 'auto' or a size such as 512MiB or 4GiB")
     return int(match[1]) * SIZE_UNITS[match[2]]
@@ -67,6 +67,12 @@ def _snapshot(value: str) -> str:
 Size = Annotated[int | None, BeforeValidator(parse_size, json_schema_input_type=str)]
 
 
+Release = Annotated[
+    Literal["trixie", "bookworm"],
+    BeforeValidator(_release, json_schema_input_type=Literal["trixie", "bookworm", "13", "12", 13, 12]),
+]
+
+
 class Disk(BaseModel):
     """The disk of the image."""
 
@@ -103,9 +109,7 @@ class Manifest(BaseModel):
         default=None, description="What a node becomes. A manifest without it only serves as a base for others."
     )
     distribution: Literal["debian"] = Field(default="debian", description="The distribution.")
-    release: Annotated[Literal["trixie", "bookworm"], BeforeValidator(_release)] | None = Field(
-        default=None, description="The release, by code name or number."
-    )
+    release: Release | None = Field(default=None, description="The release, by code name or number.")
     architecture: Literal["amd64"] = Field(default="amd64", description="The architecture, in Debian's words.")
     components: list[str] = Field(default=["main"], description="Components of the Debian archive.")
     snapshot: Annotated[str, AfterValidator(_snapshot)] | None = Field(

@@ -145,13 +145,16 @@ def _plan(resolved: Resolved, settings: Settings) -> Plan:
         "DIB_NODE_SECURITY_MIRROR": settings.node_security_mirror,
         **image.environment,
     }
+    for number, name in enumerate(image.elements):
+        elements.must_be_known(name, path, resolved.document.where(("elements", number)))
     try:
         expanded = elements.expand(tuple(image.elements), path)
     except BakehouseError as error:
         raise BakehouseError(f"{resolved.document.where(('elements',))}: {error.message}", hint=error.hint) from error
     packages = elements.packages(expanded, path, environment)
     packages += tuple(Package(name, "manifest", "extra") for name in image.packages)
-    shared = {e.name for e in elements.expand(resolved.base_elements or (OPERATING_SYSTEM,), path)}
+    # A base may leave the operating system to those that extend it.
+    shared = {e.name for e in elements.expand((OPERATING_SYSTEM, *resolved.base_elements), path)}
     base_packages = tuple(sorted({p.name for p in packages if p.element in shared}))
 
     tools = host.versions()

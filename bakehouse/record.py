@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from bakehouse.errors import BakehouseError
 
@@ -106,16 +107,16 @@ def read(path: Path) -> Record:
         BakehouseError: it cannot be read or is not a record.
     """
     try:
-        record = Record.model_validate_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        written = json.loads(text)
+        form = written.get("format") if isinstance(written, dict) else None
+        if isinstance(form, int) and form > FORMAT:
+            raise BakehouseError(f"{path} has format {form}, written by a newer Bakehouse", hint="update this checkout")
+        return Record.model_validate_json(text)
     except OSError as error:
         raise BakehouseError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValidationError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise BakehouseError(
             f"{path} is not a record of an image: {str(error).splitlines()[0]}",
             hint="remove its folder and bake again",
         ) from error
-    if record.format > FORMAT:
-        raise BakehouseError(
-            f"{path} has format {record.format}, written by a newer Bakehouse", hint="update this checkout"
-        )
-    return record

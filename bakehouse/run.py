@@ -83,7 +83,7 @@ class Log:
 
     def tail(self, count: int = TAIL_LINES) -> str:
         """Return the last lines."""
-        return "\n".join([*self._tail][-count:])
+        return "\n".join([*self._tail][-count:]) if count else ""
 
     def recent(self) -> str:
         """Return what is kept in memory, for finding out why something failed."""
@@ -96,7 +96,7 @@ class Log:
 
 def redact(text: str) -> str:
     """Blot out the user and password part of addresses."""
-    return re.sub(r"(?<=://)[^/@\s'\"]+@", "***@", text)
+    return re.sub(r"(?<=://)[^/\s]+@", "***@", text)
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,9 @@ def remove_tree(path: Path) -> None:
     if not path.exists():
         return
     inside = str(path.resolve()) + "/"
-    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    # proc(5): blanks and backslashes in a path are written as three octal digits.
+    mounts = [re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), line.split()[4]) for line in lines]
     busy = [mount for mount in mounts if f"{mount}/".startswith(inside)]
     if busy:
         raise BakehouseError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -27,7 +28,21 @@ def _url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _url_of_nodes(value: str) -> str:
+    if "@" in urlsplit(value).netloc:
+        raise ValueError("must not hold a password: it would be in every image")
+    return _url(value)
+
+
+def _template(value: str) -> str:
+    try:
+        return _url(value.format(archive="debian", snapshot="20260101T000000Z")) and value.rstrip("/")
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError("must be an address in which {archive} and {snapshot} are replaced") from error
+
+
 Url = Annotated[str, AfterValidator(_url)]
+NodeUrl = Annotated[str, AfterValidator(_url_of_nodes)]
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
@@ -56,12 +71,14 @@ class Settings(BaseModel):
     security_mirror: Url | None = Field(
         default=None, description="Mirror of Debian's security archive to build from. Default: this host's."
     )
-    snapshot_mirror: str = Field(
+    snapshot_mirror: Annotated[str, AfterValidator(_template)] = Field(
         default="https://snapshot.debian.org/archive/{archive}/{snapshot}",
         description="Where pinned snapshots are; {archive} is debian or debian-security.",
     )
-    node_mirror: Url = Field(default="http://deb.debian.org/debian", description="The mirror that nodes are left with.")
-    node_security_mirror: Url = Field(
+    node_mirror: NodeUrl = Field(
+        default="http://deb.debian.org/debian", description="The mirror that nodes are left with."
+    )
+    node_security_mirror: NodeUrl = Field(
         default="http://deb.debian.org/debian-security", description="The security mirror that nodes are left with."
     )
     cache_limit_gib: float = Field(default=20, gt=0, description="What `invoke cache.prune` shrinks the cache to, GiB.")
@@ -93,26 +110,43 @@ def load(environment: Mapping[str, str] = os.environ, start: Path | None = None)
     Raises:
         BakehouseError: the file or a variable holds something that is not a setting.
     """
+    _refuse_unknown_variables(environment)
     path = _find_file(environment, start or Path.cwd())
     document = yamlfile.read(path) if path else yamlfile.Document(Path("bakehouse.yaml"), {})
-    data = dict(document.data)
-    lines = dict(document.lines)
-    for name, info in Settings.model_fields.items():
+    folder = path.parent if path else Path.cwd()
+    data = {name: _absolute(name, value, folder) for name, value in document.data.items()}
+    given: set[str] = set()
+    for name in Settings.model_fields:
         value = environment.get(PREFIX + name.upper())
         if value is not None:
-            is_list = "list" in str(info.annotation)
-            data[name] = value.split(":") if is_list else value
-            for key in [key for key in lines if key[0] == name]:
-                del lines[key]
-    folder = path.parent if path else Path.cwd()
-    for name in ("store", "cache"):
-        if isinstance(data.get(name), str):
-            data[name] = str(folder / Path(data[name]).expanduser())
-    for name in ("manifests", "elements"):
-        if isinstance(data.get(name), list):
-            data[name] = [str(folder / Path(str(item)).expanduser()) for item in data[name]]
-    _refuse_unknown_variables(environment)
-    return yamlfile.check(Settings, yamlfile.Document(document.path, data, lines))
+            given.add(name)
+            data[name] = _absolute(name, value.split(":") if name in _LISTS else value, Path.cwd())
+    return yamlfile.check(Settings, _Given(document.path, data, document.lines, frozenset(given)))
+
+
+_FOLDERS = {"store", "cache"}
+_LISTS = {"manifests", "elements"}
+
+
+@dataclass(frozen=True)
+class _Given(yamlfile.Document):
+    """Settings of a file and of variables."""
+
+    variables: frozenset[str] = frozenset()
+
+    def where(self, field_path: yamlfile.FieldPath) -> str:
+        if field_path and field_path[0] in self.variables:
+            return f"variable {PREFIX}{str(field_path[0]).upper()}"
+        return super().where(field_path)
+
+
+def _absolute(name: str, value: Any, folder: Path) -> Any:
+    """Make relative paths begin at a folder: that of the file, or the current one for variables."""
+    if name in _FOLDERS and isinstance(value, str):
+        return str(folder / Path(value).expanduser())
+    if name in _LISTS and isinstance(value, list):
+        return [str(folder / Path(str(item)).expanduser()) for item in value]
+    return value
 
 
 def _find_file(environment: Mapping[str, str], start: Path) -> Path | None:

@@ -46,11 +46,10 @@ def read(path: Path) -> Document:
         raise BakehouseError(f"{path} is not UTF-8 text: {error}") from error
     lines: dict[FieldPath, int] = {}
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is None:
-            return Document(path, {}, lines)
-        _note_lines(path, node, (), lines)
-        data = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=_Loader)
+        if node is not None:
+            _note_lines(path, node, (), lines, set(), ())
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -59,33 +58,65 @@ def read(path: Path) -> Document:
             hint="mind the indentation, and quote values that hold ': ' or begin with a special character",
         ) from error
     except yaml.YAMLError as error:
-        raise BakehouseError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        line = text.count("\n", 0, getattr(error, "position", 0) or 0) + 1
+        raise BakehouseError(f"{path}:{line}: not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise BakehouseError(f"{path}: nested too deep to be read", hint="an alias may hold itself") from error
-    except (ValueError, OverflowError) as error:
-        raise BakehouseError(f"{path}: a value cannot be read: {error}", hint="quote it") from error
+    if data is None:
+        data = {}
     if not isinstance(data, dict):
         raise BakehouseError(f"{path}:1: holds a {type(data).__name__}, not a mapping", hint="write 'key: value' lines")
     return Document(path, data, lines)
 
 
-def _note_lines(path: Path, node: yaml.Node, at: FieldPath, lines: dict[FieldPath, int]) -> None:
+class _Loader(yaml.SafeLoader):
+    """Says on which line a value stands that cannot be read, such as the 45th of a month."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+            reason = f"a value cannot be read ({error})"
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark) from error
+
+
+def _note_lines(
+    path: Path,
+    node: yaml.Node,
+    at: FieldPath,
+    lines: dict[FieldPath, int],
+    seen_nodes: set[int],
+    around: tuple[int, ...],
+) -> None:
+    if id(node) in around:
+        line = node.start_mark.line + 1
+        raise BakehouseError(f"{path}:{line}: nested too deep to be read", hint="an alias holds itself")
+    if isinstance(node, yaml.ScalarNode) or id(node) in seen_nodes:
+        return  # An alias leads to a node once more.
+    seen_nodes.add(id(node))
+    around = (*around, id(node))
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key_node, value_node in node.value:
             key = str(key_node.value)
             line = key_node.start_mark.line + 1
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag not in {
+                "tag:yaml.org,2002:str",
+                "tag:yaml.org,2002:merge",
+            }:
+                kind = key_node.tag.rpartition(":")[2]
+                raise BakehouseError(f"{path}:{line}: the key {key} is a {kind} to YAML, not a name", hint="quote it")
             if key in seen:
                 raise BakehouseError(
                     f"{path}:{line}: '{key}' stands twice in one mapping", hint="keep one; YAML would take the last"
                 )
             seen.add(key)
             lines[(*at, key)] = line
-            _note_lines(path, value_node, (*at, key), lines)
+            _note_lines(path, value_node, (*at, key), lines, seen_nodes, around)
     elif isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
             lines[(*at, number)] = item.start_mark.line + 1
-            _note_lines(path, item, (*at, number), lines)
+            _note_lines(path, item, (*at, number), lines, seen_nodes, around)
 
 
 def check(model: type[Model], document: Document) -> Model:

@@ -316,8 +316,6 @@ SECRET = "s3cret"
         ("mirror", ""),
         ("security_mirror", ""),
         ("snapshot_mirror", "snapshot: 20261101T000000Z\n"),
-        ("node_mirror", ""),
-        ("node_security_mirror", ""),
     ],
 )
 def test_a_plan_does_not_tell_passwords(planner: Planner, name: str, more: str) -> None:

@@ -212,6 +212,7 @@ def test_the_two_other_variables_are_known(tmp_path: Path) -> None:
             "2: mirror: must be an address that begins with http://, https:// or file:// (it is 'ftp://x.example/debian')",
         ),
         ("node_mirror: deb.debian.org/debian", "2: node_mirror: must be an address"),
+        ("node_mirror: http://u:p@mirror.example/debian", "2: node_mirror: must not hold a password"),
         ("security_mirror: 'http://'", "2: security_mirror: must be an address"),
         ("cache_limit_gib: 0", "2: cache_limit_gib: Input should be greater than 0 (it is 0)"),
         ("cache_limit_gib: much", "2: cache_limit_gib: "),

@@ -183,8 +183,10 @@ def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
 
 def test_a_key_that_is_not_a_word_is_named_by_its_line(tmp_path: Path) -> None:
     # YAML reads an unquoted 5 as a number, and "on" as true.
-    assert faults(tmp_path, "name: x\n5: y\n")[0].startswith(f"{tmp_path}/file.yaml:2: ")
-    assert faults(tmp_path, "name: x\non: y\n")[0].startswith(f"{tmp_path}/file.yaml:2: ")
+    for key, kind in (("5", "int"), ("on", "bool")):
+        error = refused(tmp_path, f"name: x\n{key}: y\n")
+        assert error.message == f"{tmp_path}/file.yaml:2: the key {key} is a {kind} to YAML, not a name"
+        assert error.hint == "quote it"
 
 
 @pytest.mark.parametrize(
