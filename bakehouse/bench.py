@@ -58,7 +58,7 @@ def bake(name: str, settings: Settings, rounds: int, console: Console) -> Result
     """Measure a bake against plain mmdebstrap of the same packages into a tar.
 
     Every round takes them in turn, from the same downloaded packages. The first bake of all, which downloads, is not
-    counted.
+    counted. Before each measurement the disk is let come to rest (sync).
 
     Args:
         name: the manifest.
@@ -136,6 +136,8 @@ class _BakeBench:
 
     def _measure(self, what: str, work: Callable[[], object]) -> float:
         self.console.print(what, end=" ... ", highlight=False)
+        # What the one before wrote and deleted is not to be paid for by this one.
+        os.sync()
         start = time.monotonic()
         work()
         seconds = time.monotonic() - start
