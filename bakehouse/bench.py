@@ -151,7 +151,12 @@ class _BakeBench:
         with Path(os.devnull).open("w") as nowhere:
             quiet = Console(file=nowhere)
             return build.bake(
-                self._plan(settings), LocalStore(settings.store), BaseCache(settings.cache), quiet, force=True
+                self._plan(settings),
+                LocalStore(settings.store),
+                BaseCache(settings.cache),
+                quiet,
+                force=True,
+                in_memory=settings.build_in_memory == "auto",
             )[0]
 
     def _forget(self) -> None:
@@ -189,8 +194,7 @@ class _BakeBench:
             f"deb {archive} {release}-updates {components}",
             f"deb {security} {release}-security {components}",
         ]  # fmt: skip
-        report = self.scratch / "took.json"
-        run.isolated(command, self.log, environment={"TMPDIR": str(self.scratch)}, report=report)
+        run.isolated(command, self.log, environment={"TMPDIR": str(self.scratch)})
 
     def _changed_elements(self, number: int) -> Path:
         """Return a folder with a copy of the platform's element in which one file is another."""
@@ -213,7 +217,6 @@ class _BakeBench:
         ).stdout  # fmt: skip
         start = int(sectors.rpartition('"start"')[2].split(":")[1].split(",")[0]) * 512
         root.mkdir()
-        report = self.scratch / "took.json"
         script = (
             'debugfs -R "rdump / $1" "$2?offset=$3" >/dev/null 2>&1; '
             'tar -C "$1" --sort=name -c . | zstd -q -3 -o "$4"; chmod 644 "$4"'
@@ -221,7 +224,7 @@ class _BakeBench:
         tar = self.scratch / "root.tar.zst"
         run.isolated(
             ["bash", "-euo", "pipefail", "-c", script, "bash", root, raw, str(start), tar],
-            self.log, environment={}, report=report,
+            self.log, environment={},
         )  # fmt: skip
         return tar.stat().st_size
 

@@ -25,7 +25,7 @@ from bakehouse.manifest import RELEASES
 from bakehouse.plan import Plan
 from bakehouse.progress import Progress
 from bakehouse.record import FILE_NAME, Base, ImageFile, Record, Usage
-from bakehouse.run import Log, Took
+from bakehouse.run import Isolation, Log, Took
 from bakehouse.store import LocalStore
 
 STAGES = ["base root", "elements", "check and seal", "disk", "image files", "SBOM and checksums"]
@@ -33,6 +33,9 @@ STAGES = ["base root", "elements", "check and seal", "disk", "image files", "SBO
 CLUSTER_SIZE = "128k"
 """Of a compressed qcow2. Larger compresses better (64k: 1.13 times a tar.zst, 128k: 1.10, 256k: 1.08) and makes each
 small read of a node that runs straight from the file dearer."""
+
+MEMORY_TREE = 4 << 30
+"""Bytes that a build tree is taken to need when there is no last one to go by."""
 
 LEAST_FREE = 3 << 29
 """Bytes that must be free before a bake begins: root, raw disk and image file of a small image."""
@@ -60,8 +63,11 @@ class _Bake:
     store: LocalStore
     cache: BaseCache
     work: Path
+    tree: Path
+    """The folder for root and raw disk, on disk or in memory. Seen in the isolated place only."""
     log: Log
     progress: Progress
+    place: Isolation
     took: list[Took]
 
 
@@ -75,6 +81,7 @@ def bake(
     force: bool = False,
     wait: bool = True,
     verbose: bool = False,
+    in_memory: bool = True,
 ) -> tuple[Record, bool]:
     """Bake an image, unless the store has it.
 
@@ -87,6 +94,7 @@ def bake(
         force: build even where nothing changed.
         wait: wait for a bake of the same manifest that is going on.
         verbose: show the output of diskimage-builder and the other tools.
+        in_memory: keep the build tree in memory where memory is plenty.
 
     Returns:
         The image's record, and whether it was built now.
@@ -120,7 +128,8 @@ def bake(
                     hint="`invoke cache.prune`, `invoke images.remove TAG`, or name a larger disk in bakehouse.yaml",
                 )
         run.as_root()
-        return _build(wanted, store, cache, console, refresh=refresh, verbose=verbose, wait=wait), True
+        found = _build(wanted, store, cache, console, refresh=refresh, verbose=verbose, wait=wait, in_memory=in_memory)
+        return found, True
 
 
 def _build(
@@ -132,6 +141,7 @@ def _build(
     refresh: bool,
     verbose: bool,
     wait: bool,
+    in_memory: bool,
 ) -> Record:
     created = datetime.datetime.now(datetime.UTC)
     tag = plan.new_tag(wanted.digest, store, created)
@@ -143,10 +153,11 @@ def _build(
         _log(cache.root / "logs", f"{wanted.name}-{tag}.log") as log,
         _work_folder(cache.work, wanted.name) as work,
         Progress(title, STAGES, console, expected=expected, verbose=verbose) as progress,
+        _place(log, work / "tree", _memory_for(wanted, previous) if in_memory else 0) as place,
     ):
         log.listener = progress.line
         log.write(f"bakehouse: baking {wanted.name} {tag}, digest {wanted.digest}")
-        job = _Bake(wanted, tag, created, store, cache, work, log, progress, [])
+        job = _Bake(wanted, tag, created, store, cache, work, work / "tree", log, progress, place, [])
         release = str(wanted.manifest.release)
         cache.debs(release).mkdir(parents=True, exist_ok=True)
         for name in cache.check_debs(release):
@@ -193,9 +204,26 @@ def _work_folder(parent: Path, name: str) -> Iterator[Path]:
         run.remove_tree(folder)
 
 
+def _memory_for(wanted: Plan, previous: list[Record]) -> int:
+    """Return the bytes of memory that the build tree may take; 0 where it shall be on disk.
+
+    In memory only where twice of what the last one took is available: a build that runs out of memory takes others
+    with it.
+    """
+    available = host.available_memory()
+    needed = max([MEMORY_TREE, wanted.manifest.disk.root_size or 0, *(record.usage.disk for record in previous[:1])])
+    return available // 2 if available > 2 * needed else 0
+
+
+def _place(log: Log, tree: Path, memory: int) -> Isolation:
+    """Return the isolated place of a bake, with the build tree in so many bytes of memory, or on disk for 0."""
+    tree.mkdir()
+    log.write(f"bakehouse: the build tree is {f'in memory, up to {memory >> 20} MiB' if memory else 'on disk'}")
+    return Isolation(log, memory_folder=tree, memory_size=memory) if memory else Isolation(log)
+
+
 def _isolated(job: _Bake, command: list[str | Path], environment: dict[str, str] | None = None) -> None:
-    report = job.work / "took.json"
-    job.took.append(run.isolated(command, job.log, environment=environment or {}, report=report))
+    job.took.append(job.place.run(command, environment))
 
 
 def _dib_environment(job: _Bake, base: Path) -> dict[str, str]:
@@ -204,18 +232,19 @@ def _dib_environment(job: _Bake, base: Path) -> dict[str, str]:
         **job.plan.environment,
         "ARCH": job.plan.manifest.architecture,
         "ELEMENTS_PATH": job.plan.elements_path,
-        "TMP_DIR": str(job.work),
-        "DIB_IMAGE_CACHE": str(job.work / "dib-cache"),
-        "DIB_LOCKFILES": str(job.work / "dib-locks"),
+        "TMP_DIR": str(job.tree),
+        "DIB_IMAGE_CACHE": str(job.tree / "dib-cache"),
+        "DIB_LOCKFILES": str(job.tree / "dib-locks"),
         "DIB_NO_TIMESTAMP": "1",
         "DIB_DISTRIBUTION_MIRROR": archive,
         "DIB_DEBIAN_SECURITY_MIRROR": security,
         "DIB_MMDEBSTRAP_TARBALL": str(base),
         "DIB_MMDEBSTRAP_PACKAGES": ",".join(job.plan.base_packages),
+        "DIB_MMDEBSTRAP_TMPDIR": str(job.tree),
         "DIB_MMDEBSTRAP_DEBS": str(job.cache.debs(str(job.plan.manifest.release))),
         # A snapshot's index has run out long ago; its signature still counts.
         "DIB_MMDEBSTRAP_SOURCE_OPTIONS": "check-valid-until=no" if job.plan.manifest.snapshot else "",
-        "DIB_ROOT_FOLDER": str(job.work / "root"),
+        "DIB_ROOT_FOLDER": str(job.tree / "root"),
     }
 
 
@@ -253,17 +282,21 @@ def _hold(job: _Bake, base: BaseRoot) -> BaseRoot:
 
 
 def _elements(job: _Bake, base: BaseRoot) -> Path:
-    root = job.work / "root"
+    root = job.tree / "root"
     packages = job.plan.manifest.packages
     command: list[str | Path] = [
-        "disk-image-create", "-n", "--no-tmpfs", "-a", job.plan.manifest.architecture, "-o", job.work / "image",
+        "disk-image-create", "-n", "--no-tmpfs", "-a", job.plan.manifest.architecture, "-o", job.tree / "image",
         *(["-p", ",".join(packages)] if packages else []),
         *(element.name for element in job.plan.elements), plan.HAND_OVER,
     ]  # fmt: skip
     with job.progress.stage("elements"):
         _isolated(job, command, _dib_environment(job, base.path))
-    if not (root / "usr").is_dir():
-        raise BakehouseError("diskimage-builder ended well but left no root filesystem", log=job.log.tail())
+        try:
+            _isolated(job, ["test", "-d", root / "usr"])
+        except run.CommandError as error:
+            raise BakehouseError(
+                "diskimage-builder ended well but left no root filesystem", log=job.log.tail()
+            ) from error
     return root
 
 
@@ -297,7 +330,7 @@ def _seal(job: _Bake, root: Path, root_uuid: str) -> dict[str, Any]:
 
 def _disk(job: _Bake, root: Path, root_uuid: str) -> tuple[Path, dict[str, int]]:
     disk = job.plan.manifest.disk
-    raw, report = job.work / "disk.raw", job.work / "disk.json"
+    raw, report = job.tree / "disk.raw", job.work / "disk.json"
     job.cache.kvm.mkdir(parents=True, exist_ok=True)
     size = ["--root-size", str(disk.root_size)] if disk.root_size else []
     command: list[str | Path] = [
@@ -306,7 +339,7 @@ def _disk(job: _Bake, root: Path, root_uuid: str) -> tuple[Path, dict[str, int]]
     ]  # fmt: skip
     with job.progress.stage("disk"):
         _isolated(job, command)
-        run.give_back(raw, job.work / "vmlinuz")
+        run.give_back(job.work / "vmlinuz")
     sizes: dict[str, int] = json.loads(report.read_text())
     return raw, sizes
 
@@ -319,27 +352,18 @@ def _image_files(job: _Bake, raw: Path, folder: Path) -> list[tuple[str, Path]]:
         for kind in sorted(disk.formats):
             target = folder / f"{job.plan.name}-{job.tag}.{kind}"
             if kind == "raw":
-                _move_sparse(raw, target, job.log)
+                _isolated(job, ["mv", raw, target])
             else:
                 options, compress = f"cluster_size={CLUSTER_SIZE}", ["-c"]
                 if disk.compression == "none":
                     options, compress = "cluster_size=64k", []
                 else:
                     options += f",compression_type={disk.compression}"
-                run.run(
-                    ["qemu-img", "convert", "-W", "-m", "4", *compress, "-f", "raw", "-O", kind, "-o", options, raw,
-                     target],
-                    job.log,
-                )  # fmt: skip
+                convert = ["qemu-img", "convert", "-W", "-m", "4", *compress, "-f", "raw", "-O", kind, "-o", options]
+                _isolated(job, [*convert, raw, target])
+            run.give_back(target)
             made.append((kind, target))
     return made
-
-
-def _move_sparse(source: Path, target: Path, log: Log) -> None:
-    try:
-        source.rename(target)
-    except OSError:
-        run.run(["cp", "--sparse=always", source, target], log)
 
 
 def _record(
@@ -404,7 +428,7 @@ def _record(
         steps=job.progress.steps,
         usage=Usage(
             peak_memory=max(took.peak_memory for took in job.took),
-            disk=sizes["root_used"] + sum(disk_usage(path) for _, path in files) + disk_usage(job.work / "disk.raw"),
+            disk=sizes["root_used"] + sizes["allocated"] + sum(disk_usage(path) for _, path in files),
             cpu_seconds=round(sum(took.cpu_seconds for took in job.took), 2),
         ),
         builder=host.versions(),
@@ -428,7 +452,8 @@ def _commit() -> str:
 
 _CAUSES = (
     (r"No space left on device|write error: disk full", "the disk is full",
-     "`invoke cache.prune`, `invoke images.remove TAG`, or name a larger disk in bakehouse.yaml"),
+     ("`invoke cache.prune`, `invoke images.remove TAG`, or name a larger disk in bakehouse.yaml; where the log says "
+      "that the build tree is in memory, set build_in_memory: never")),
     (r"E: Unable to locate package (\S+)", "the mirror has no package '{0}'",
      "check the name; it may be in another release or component"),
     (r"E: Package '(\S+)' has no installation candidate", "the mirror has no package '{0}'",

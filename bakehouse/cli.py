@@ -124,7 +124,17 @@ def bake(
     _warn_of_damage(store)
     wanted = _make_plan(name, settings, release, formats)
     progress = errors if as_json else console
-    found, built = build.bake(wanted, store, cache, progress, refresh=refresh, force=force, wait=wait, verbose=verbose)
+    found, built = build.bake(
+        wanted,
+        store,
+        cache,
+        progress,
+        refresh=refresh,
+        force=force,
+        wait=wait,
+        verbose=verbose,
+        in_memory=settings.build_in_memory == "auto",
+    )
     if as_json:
         _print_json(found.model_dump(mode="json") | {"built": built})
     elif built:

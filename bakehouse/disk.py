@@ -85,6 +85,8 @@ class Result:
     """Bytes that the files take."""
     virtual_size: int
     """Bytes of the disk."""
+    allocated: int
+    """Bytes that the sparse file takes."""
 
 
 def assemble(root: Path, image: Path, *, root_uuid: str, root_size: int | None, firmware: list[str]) -> Result:
@@ -122,7 +124,7 @@ def assemble(root: Path, image: Path, *, root_uuid: str, root_size: int | None, 
             _install_efi(image, layout.efi_start, early)
         if layout.bios_start is not None:
             _install_bios(image, layout.bios_start, early)
-    return Result(layout.root_size * MIB, used, layout.total * MIB)
+    return Result(layout.root_size * MIB, used, layout.total * MIB, image.stat().st_blocks * 512)
 
 
 def _partition(image: Path, layout: Layout) -> None:

@@ -13,11 +13,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Self
 
 from bakehouse import sandbox
 from bakehouse.errors import BakehouseError
@@ -123,52 +123,103 @@ def run(command: Sequence[str | Path], log: Log, *, environment: Mapping[str, st
     Raises:
         CommandError: it failed; the error holds the last lines that it wrote.
     """
-    _stream(command, log, dict(environment) if environment is not None else None, stdin=subprocess.DEVNULL)
+    words = [str(word) for word in command]
+    log.write(f"$ {shlex.join(words)}")
+    count = 0
+    with _started(words, dict(environment) if environment is not None else None, subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            count += 1
+            log.write(line)
+        status = process.wait()
+    if status != 0:
+        raise CommandError(Path(words[0]).name, status, log.tail(min(count, TAIL_LINES)))
 
 
-def isolated(
-    command: Sequence[str | Path],
-    log: Log,
-    *,
-    environment: Mapping[str, str],
-    report: Path,
-) -> Took:
-    """Run a program as root in mount and PID namespaces of its own.
+class Isolation:
+    """A place with mount and PID namespaces of its own, in which programs run as root. A context manager.
 
-    Mounts that it makes are seen by nobody else, and the kernel undoes them and ends all processes when the program
-    ends or this process does, SIGKILL included.
+    Mounts made in it are seen by nobody else, and the kernel undoes them and ends all processes when the block ends or
+    this process does, SIGKILL included.
 
     Args:
-        command: the program and its arguments.
-        log: takes the output.
-        environment: variables beside those of PASSED_ON; nothing else of the caller's environment is seen.
-        report: a file that is written with what the program took.
+        log: takes the programs' output.
+        memory_folder: an empty folder whose files shall be kept in memory; they are seen in this place only.
+        memory_size: bytes that it may hold.
+    """
+
+    def __init__(self, log: Log, *, memory_folder: Path | None = None, memory_size: int = 0) -> None:
+        self.log = log
+        self._arguments = (
+            ["--memory-folder", str(memory_folder), "--memory-size", str(memory_size)] if memory_folder else []
+        )
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        namespaces = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private", "--"]
+        command = [*as_root(), "unshare", *namespaces, sys.executable, "-I", sandbox.__file__, *self._arguments]
+        # Commands get their environment with each request: sudo would neither keep nor hide it.
+        self._process = self._stack.enter_context(_started(command, None, subprocess.PIPE))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self, command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> Took:
+        """Run a program.
+
+        Args:
+            command: the program and its arguments.
+            environment: variables beside those of PASSED_ON; nothing else of the caller's environment is seen.
+
+        Raises:
+            CommandError: it failed.
+        """
+        words = [str(word) for word in command]
+        self.log.write(f"$ {shlex.join(words)}")
+        request = {"command": words, "environment": _environment(environment or {})}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        count = 0
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # What it said before it ended comes below.
+        for line in self._process.stdout:
+            # A program's last line need not end.
+            said, mark, report = line.partition(sandbox.MARK)
+            if said:
+                count += 1
+                self.log.write(said)
+            if mark:
+                took = json.loads(report)
+                if took["status"] != 0:
+                    tail = self.log.tail(min(count, TAIL_LINES))
+                    raise CommandError(Path(words[0]).name, int(took["status"]), tail)
+                return Took(int(took["peak_memory"]), float(took["cpu_seconds"]))
+        raise CommandError("unshare", self._process.wait(), self.log.tail(min(count, TAIL_LINES)))
+
+
+def isolated(command: Sequence[str | Path], log: Log, *, environment: Mapping[str, str]) -> Took:
+    """Run one program in an Isolation of its own.
 
     Raises:
         CommandError: it failed.
     """
-    whole = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | dict(environment)
-    whole.setdefault("LANG", "C.UTF-8")
+    with Isolation(log) as place:
+        return place.run(command, environment)
+
+
+def _environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Return what a build sees of the caller's environment, and more."""
     path = ":".join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/sbin:/sbin:/usr/bin:/bin"])
-    inner = [sys.executable, "-I", sandbox.__file__, "--path", path, "--report", str(report), "--", *map(str, command)]
-    namespaces = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private", "--"]
-    log.write(f"$ {shlex.join(map(str, command))}")
-    _stream(
-        [*as_root(tuple(whole)), "unshare", *namespaces, *inner],
-        log,
-        whole | {"PATH": path},
-        stdin=subprocess.PIPE,
-        name=str(command[0]),
-    )
-    data = json.loads(report.read_text())
-    return Took(int(data["peak_memory"]), float(data["cpu_seconds"]))
+    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    return {"LANG": "C.UTF-8", **passed, **more, "PATH": path}
 
 
-def as_root(keep: Sequence[str] = ()) -> list[str]:
+def as_root() -> list[str]:
     """Return what to put before a command so that it runs as root: nothing where we are root.
-
-    Args:
-        keep: names of variables that the command shall see.
 
     Raises:
         BakehouseError: sudo is missing or asks for a password.
@@ -181,7 +232,7 @@ def as_root(keep: Sequence[str] = ()) -> list[str]:
             "building a root filesystem needs root, and sudo without a password is not to be had",
             hint="run as root, or let your user run sudo without a password (NOPASSWD) on this builder",
         )
-    return ["sudo", "-n", f"--preserve-env={','.join(keep)}", "--"] if keep else ["sudo", "-n", "--"]
+    return ["sudo", "-n", "--"]
 
 
 def give_back(*paths: Path) -> None:
@@ -215,20 +266,12 @@ def remove_tree(path: Path) -> None:
         raise BakehouseError(f"{path} cannot be removed: {done.stderr.strip()}")
 
 
-def _stream(
-    command: Sequence[str | Path],
-    log: Log,
-    environment: dict[str, str] | None,
-    *,
-    stdin: int,
-    name: str = "",
-) -> None:
-    words = [str(word) for word in command]
-    if not name:
-        log.write(f"$ {shlex.join(words)}")
+@contextmanager
+def _started(command: Sequence[str], environment: dict[str, str] | None, stdin: int) -> Iterator[subprocess.Popen[str]]:
+    """Start a program; it has ended when the block has."""
     try:
         process = subprocess.Popen(
-            words,
+            command,
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -238,23 +281,16 @@ def _stream(
             start_new_session=True,
         )
     except FileNotFoundError as error:
-        raise BakehouseError(f"{words[0]} is not installed", hint="`invoke doctor` says what to install") from error
-    assert process.stdout is not None
-    count = 0
+        raise BakehouseError(f"{command[0]} is not installed", hint="`invoke doctor` says what to install") from error
     try:
-        for line in process.stdout:
-            count += 1
-            log.write(line)
-        status = process.wait()
-    except BaseException:
-        _stop(process)
-        raise
+        yield process
     finally:
-        process.stdout.close()
-        if process.stdin:
-            process.stdin.close()
-    if status != 0:
-        raise CommandError(Path(name or words[0]).name, status, log.tail(min(count, TAIL_LINES)))
+        if process.poll() is None:
+            _stop(process)
+        for pipe in (process.stdin, process.stdout):
+            if pipe:
+                with suppress(BrokenPipeError):
+                    pipe.close()
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
@@ -80,6 +80,10 @@ class Settings(BaseModel):
     )
     node_security_mirror: NodeUrl = Field(
         default="http://deb.debian.org/debian-security", description="The security mirror that nodes are left with."
+    )
+    build_in_memory: Literal["auto", "never"] = Field(
+        default="auto",
+        description="auto: the build tree is kept in memory where memory is plenty. never: always on disk.",
     )
     cache_limit_gib: float = Field(default=20, gt=0, description="What `invoke cache.prune` shrinks the cache to, GiB.")
 

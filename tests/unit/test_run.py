@@ -184,7 +184,7 @@ def test_sigterm_becomes_an_exit() -> None:
 
 
 def isolated(script: str, log: Log, **environment: str) -> run.Took:
-    return run.isolated(["sh", "-ec", script], log, environment=environment, report=log.path.with_name("took.json"))
+    return run.isolated(["sh", "-ec", script], log, environment=environment)
 
 
 def mounts_with(text: str) -> list[str]:
@@ -263,7 +263,7 @@ def test_an_isolated_program_that_is_killed_fails(log: Log) -> None:
 
 def test_an_isolated_program_that_is_missing_is_named(log: Log, tmp_path: Path) -> None:
     with pytest.raises(CommandError) as caught:
-        run.isolated(["frobnicate"], log, environment={}, report=tmp_path / "took.json")
+        run.isolated(["frobnicate"], log, environment={})
     assert "frobnicate: No such file or directory" in caught.value.log
 
 
@@ -287,7 +287,7 @@ def test_an_isolated_program_ends_with_us(log: Log, tmp_path: Path) -> None:
 
 
 def test_root_needs_no_sudo() -> None:
-    assert run.as_root(("PATH",)) == []
+    assert run.as_root() == []
 
 
 def fake_sudo(folder: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
@@ -301,7 +301,6 @@ def fake_sudo(folder: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> Non
 def test_another_user_goes_through_sudo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_sudo(tmp_path, monkeypatch, 0)
     assert run.as_root() == ["sudo", "-n", "--"]
-    assert run.as_root(("LANG", "DIB_X")) == ["sudo", "-n", "--preserve-env=LANG,DIB_X", "--"]
 
 
 def test_a_sudo_that_asks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
