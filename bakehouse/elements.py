@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -114,6 +115,8 @@ def must_be_known(name: str, path: str, where: str = "") -> None:
 
 @cache
 def _known(path: str) -> dict[str, element_dependencies.Element]:
+    # That a site's element comes before ours of the same name is what a search path is for: no warning.
+    logging.getLogger(element_dependencies.__name__).setLevel(logging.ERROR)
     found: dict[str, element_dependencies.Element] = element_dependencies._find_all_elements(path)
     return found
 
