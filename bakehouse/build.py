@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import re
@@ -475,7 +476,7 @@ _CAUSES = (
 def _explained(error: BakehouseError, log: Log) -> BakehouseError:
     """Say why a stage failed, as far as its output tells."""
     text = log.recent()
-    hint = error.hint
+    hint, shown = error.hint, error.log or log.tail()
     message = error.message
     for pattern, meaning, remedy in _CAUSES:
         match = re.search(pattern, f"{message}\n{text}")
@@ -487,6 +488,13 @@ def _explained(error: BakehouseError, log: Log) -> BakehouseError:
         ended = re.findall(r"dib-run-parts (\S+) completed", text)
         if isinstance(error, run.CommandError) and script and script[-1].rpartition("/")[2] not in ended[-1:]:
             message = f"the bake failed in the element script {script[-1]} ({error.message})"
-            hint = "the last lines below say why"
+            hint, shown = "its last lines are above", _said_by(script[-1], text)
     hint = f"{hint}; the whole log is {log.path}" if hint else f"the whole log is {log.path}"
-    return BakehouseError(message, hint=hint, log=error.log or log.tail())
+    return BakehouseError(message, hint=hint, log=shown)
+
+
+def _said_by(script: str, text: str) -> str:
+    """Return the last lines that an element script wrote, without those of diskimage-builder's clean-up after it."""
+    lines = text.rpartition(f"{script}\n")[2].splitlines()
+    own = itertools.takewhile(lambda line: not line.startswith(("Unmount ", "INFO diskimage_builder")), lines)
+    return "\n".join([*own][-run.TAIL_LINES :])

@@ -111,6 +111,8 @@ class BaseCache:
         }
         path = self.tarball(key)
         self._note(key).unlink(missing_ok=True)
+        # Its apt sources are those of the build, and a mirror's address may hold a password.
+        made.chmod(0o600)
         made.rename(path)
         write_atomically(self._note(key), json.dumps(data, indent=1))
         found = self.find(key)

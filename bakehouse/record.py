@@ -52,9 +52,10 @@ class Usage(_Part):
     """What the bake took."""
 
     peak_memory: int
-    """Bytes: the largest sum of resident memory of the build's processes at one moment, shared pages counted twice."""
+    """Bytes: the largest sum at one moment of the resident memory of the build's processes (shared pages counted for
+    each) and of the build tree, where that is in memory."""
     disk: int
-    """Bytes: the build folder at its fullest, as seen at the ends of stages."""
+    """Bytes: root filesystem, raw disk and image files, which stand beside each other at the end."""
     cpu_seconds: float
 
 

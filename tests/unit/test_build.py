@@ -102,7 +102,7 @@ def test_a_spoilt_base_is_made_anew(site: Site, poison: str) -> None:
 @pytest.mark.parametrize(
     ("behaviour", "message", "hint"),
     [
-        ("fail", r"element script install\.d/50-something", "say why"),
+        ("fail", r"element script install\.d/50-something", "last lines are above"),
         ("full", "the disk is full", "cache.prune"),
         ("package", "no package 'frobnicate'", "check the name"),
         ("mirror", "mirror 192.0.2.1:80 cannot be reached", "doctor"),
