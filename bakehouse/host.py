@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -137,6 +138,7 @@ def examine(settings: Settings) -> Iterator[Check]:
     yield _check_python()
     yield _check_tools()
     yield _check_root()
+    yield _check_host_name()
     yield _check_space("cache", settings.cache)
     yield _check_space("store", settings.store)
     yield _check_memory()
@@ -173,6 +175,16 @@ def _check_root() -> Check:
         "not root, and sudo asks for a password or is missing",
         f"on a machine that only builds: echo '{line}' > /etc/sudoers.d/bakehouse",
     )
+
+
+def _check_host_name() -> Check:
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        remedy = f"echo '127.0.1.1 {name}' >> /etc/hosts"
+        return Check("Host name", "warning", f"{name} has no address ({error}); each sudo complains and waits", remedy)
+    return Check("Host name", "ok", name)
 
 
 def _check_space(name: str, folder: Path) -> Check:
