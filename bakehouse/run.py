@@ -302,12 +302,13 @@ def _stop(process: subprocess.Popen[str]) -> None:
     try:
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
-        _signal(process, signal.SIGKILL)
-        process.wait()
+        pass
+    # Also those of its children that did not care for SIGTERM.
+    _signal(process, signal.SIGKILL)
+    process.wait()
 
 
 def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    try:
+    # A sudo may not be signalled by who started it: it ends with its standard input.
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
-    except (ProcessLookupError, PermissionError):
-        process.send_signal(number)
