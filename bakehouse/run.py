@@ -299,10 +299,8 @@ def _stop(process: subprocess.Popen[str]) -> None:
         process.stdin.close()
     else:
         _signal(process, signal.SIGTERM)
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        pass
     # Also those of its children that did not care for SIGTERM.
     _signal(process, signal.SIGKILL)
     process.wait()
