@@ -61,6 +61,7 @@ class _Bake:
     plan: Plan
     tag: str
     created: datetime.datetime
+    commit: str
     store: LocalStore
     cache: BaseCache
     work: Path
@@ -105,9 +106,9 @@ def bake(
     """
     lacking = host.missing()
     if lacking:
-        names = " ".join(sorted({tool.package for tool in lacking}))
         raise BakehouseError(
-            f"this host lacks {', '.join(tool.name for tool in lacking)}", hint=f"apt-get install {names}"
+            f"this host lacks {', '.join(tool.name for tool in lacking)}",
+            hint=f"apt-get install {' '.join(host.packages_of(lacking))}",
         )
 
     def say(text: str) -> None:
@@ -158,7 +159,7 @@ def _build(
     ):
         log.listener = progress.line
         log.write(f"bakehouse: baking {wanted.name} {tag}, digest {wanted.digest}")
-        job = _Bake(wanted, tag, created, store, cache, work, work / "tree", log, progress, place, [])
+        job = _Bake(wanted, tag, created, _commit(), store, cache, work, work / "tree", log, progress, place, [])
         release = str(wanted.manifest.release)
         cache.debs(release).mkdir(parents=True, exist_ok=True)
         for name in cache.check_debs(release):
@@ -309,7 +310,7 @@ def _seal(job: _Bake, root: Path, root_uuid: str) -> dict[str, Any]:
         "tag": job.tag,
         "digest": job.plan.digest,
         "created": job.created.isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": job.commit,
     }
     specification = {"identity": identity, "root_uuid": root_uuid, "kernel_arguments": image.kernel_arguments}
     wanted, report = job.work / "seal.json", job.work / "contents.json"
@@ -411,7 +412,7 @@ def _record(
         digest=job.plan.digest,
         inputs=job.plan.inputs,
         created=job.created,
-        commit=_commit(),
+        commit=job.commit,
         distribution=image.distribution,
         release=str(image.release),
         architecture=image.architecture,

@@ -83,6 +83,11 @@ def missing() -> list[Tool]:
     ]
 
 
+def packages_of(tools: list[Tool]) -> list[str]:
+    """Return the packages that hold tools, sorted, each once."""
+    return sorted({tool.package for tool in tools})
+
+
 @cache
 def versions() -> dict[str, str]:
     """Return the versions of what builds images; ``missing`` for what is not installed."""
@@ -101,7 +106,7 @@ def versions() -> dict[str, str]:
 
 def install_missing() -> int:
     """Install the missing tools through apt, as root or with sudo, saying what is done. Return an exit status."""
-    wanted = sorted({tool.package for tool in missing()})
+    wanted = packages_of(missing())
     if not wanted:
         return 0
     if not shutil.which("apt-get"):
@@ -156,8 +161,7 @@ def _check_tools() -> Check:
     lacking = missing()
     if lacking:
         names = ", ".join(f"{tool.name} ({tool.purpose})" for tool in lacking)
-        packages = " ".join(sorted({tool.package for tool in lacking}))
-        return Check("Tools", "failed", f"missing: {names}", f"apt-get install {packages}")
+        return Check("Tools", "failed", f"missing: {names}", f"apt-get install {' '.join(packages_of(lacking))}")
     return Check("Tools", "ok", ", ".join(f"{name} {version}" for name, version in versions().items()))
 
 

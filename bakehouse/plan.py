@@ -277,10 +277,9 @@ def difference(old: dict[str, str], new: dict[str, str]) -> list[str]:
 def new_tag(digest: str, store: LocalStore, now: datetime.datetime) -> str:
     """Return the tag for a build that starts now: the UTC date and 7 digits, ``.2`` and on where that is taken."""
     first = f"{now.astimezone(datetime.UTC):%Y%m%d}-{digest[:7]}"
-    taken = {record.tag for record in store.records()}
     number = 1
     tag = first
-    while tag in taken or store.folder(tag).exists():
+    while store.folder(tag).exists():
         number += 1
         tag = f"{first}.{number}"
     return tag
