@@ -254,6 +254,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 def free_bytes(folder: Path) -> int:
     """Return the bytes free for us on a folder's filesystem; the folder need not exist yet."""
+    return shutil.disk_usage(nearest_existing(folder)).free
+
+
+def nearest_existing(folder: Path) -> Path:
+    """Return a folder, or the nearest one above it that is there."""
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder

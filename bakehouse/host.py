@@ -192,13 +192,12 @@ def _check_host_name() -> Check:
 
 
 def _check_space(name: str, folder: Path) -> Check:
-    place = folder
-    while not place.exists():
-        place = place.parent
+    from bakehouse.cache import free_bytes, nearest_existing
+
     subject = f"Disk ({name})"
-    free = shutil.disk_usage(place).free
+    free = free_bytes(folder)
     finding = f"{free / GIB:.1f} GiB free for {folder}"
-    if not os.access(place, os.W_OK):
+    if not os.access(nearest_existing(folder), os.W_OK):
         return Check(subject, "failed", f"{folder} cannot be written", f"set '{name}' in bakehouse.yaml")
     if free < DISK_NEEDED:
         remedy = f"`invoke cache.prune`, or set '{name}' in bakehouse.yaml to a larger disk"
