@@ -285,7 +285,7 @@ def images(*, as_json: bool) -> None:
     table.columns[0].no_wrap = True
     for image in found:
         files = ", ".join(f"{file.format} {_size(file.size)}" for file in image.files)
-        verified = "-" if image.verification is None else str(image.verification.get("result", "?"))
+        verified = "-" if image.verification is None else image.verification.result
         system = f"{image.distribution} {image.release}"
         table.add_row(image.tag, image.name, image.platform, system, _age(image.created), files, verified)
     console.print(table)
@@ -432,7 +432,7 @@ def _attend(running: machine.Machine, timeout: float) -> None:
 
 def _follow(running: machine.Machine) -> None:
     """Copy a machine's console to ours, to its end."""
-    with running.console.open("rb") as file:
+    with running.console.path.open("rb") as file:
         while (piece := file.read(4096)) or running.running:
             if piece:
                 # Questions to the terminal (where is the cursor?) would have it answer into the user's shell.

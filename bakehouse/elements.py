@@ -37,7 +37,10 @@ class Element:
         return self.path.parent == BUILT_IN
 
     def files(self) -> dict[str, str]:
-        """Return a digest of each file, by its path in the element: the content and whether it is executable."""
+        """Return a digest of each file, by its path in the element: the content and whether it is executable.
+
+        A link that leads out of the element stands for the file that it leads to; any other is a file of the image.
+        """
         found = {}
         for path in sorted(self.path.rglob("*")):
             relative = path.relative_to(self.path)
@@ -45,7 +48,8 @@ class Element:
                 continue
             if path.suffix in {".pyc", ".rst"} or path.name.endswith("~") or "__pycache__" in relative.parts:
                 continue
-            if path.is_symlink():
+            leads_out = not path.resolve().is_relative_to(self.path.resolve())
+            if path.is_symlink() and not (leads_out and path.is_file()):
                 content, kind = str(path.readlink()).encode(), "link"
             else:
                 content, kind = path.read_bytes(), "run" if os.access(path, os.X_OK) else "file"

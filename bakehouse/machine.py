@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import re
 import shutil
 import signal
@@ -12,16 +13,23 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from qemu.qmp import QMPClient, QMPError
 
-from bakehouse import kvm, run, seed
+from bakehouse import instance, kvm, run, seed, waiting
+from bakehouse.console import Console
 from bakehouse.errors import BakehouseError
+from bakehouse.instance import Instance
+from bakehouse.network import GATEWAY, SUBNET, Network, Port
 
 Firmware = Literal["bios", "uefi"]
+
+DataSource = Literal["nocloud", "config-drive", "config-drive-partition", "metadata"]
+"""Where cloud-init finds its data: a NoCloud seed, OpenStack's config drive as a disk of its own (Nova) or as a
+partition at the end of the machine's disk (Ironic), or OpenStack's metadata service, which needs a private network."""
 
 OVMF_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 OVMF_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
@@ -29,7 +37,18 @@ OVMF_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 EMULATED_CPU = "Nehalem,-cx16"
 """Without cmpxchg16b: QEMU's emulation of it panics guests now and then, and this model costs a fifth less than max."""
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.5
+
+EVIDENCE = {
+    "cloud-init-status.txt": "cloud-init status --long",
+    "cloud-init-analyze.txt": "cloud-init analyze show",
+    "cloud-init.log": "sudo cat /var/log/cloud-init.log",
+    "journal.txt": "sudo journalctl --boot --no-pager --output=short-monotonic",
+    "agent-status.json": "cat /run/bakehouse/status.json",
+}
+"""Files of Machine.collect() and the commands that give them."""
+
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -41,6 +60,8 @@ class Login:
     user: str
     key: Path
     """The private key."""
+    prefix: tuple[str, ...] = ()
+    """What to put before ssh, so that it sees the machine's network."""
 
     @property
     def options(self) -> list[str]:
@@ -53,10 +74,21 @@ class Login:
         }
         return ["-i", str(self.key), *(part for key, value in settings.items() for part in ("-o", f"{key}={value}"))]
 
+    def config(self, folder: Path) -> str:
+        """Return the text of an ssh_config(5) for all hosts, which keeps one connection for several logins.
+
+        Args:
+            folder: where the connection's socket goes.
+        """
+        options = [part.replace("=", " ", 1) for part in self.options if "=" in part]
+        # A handshake takes seconds in an emulated machine.
+        options += [f"IdentityFile {self.key}", "ControlMaster auto", f"ControlPath {folder}/ssh", "ControlPersist 60"]
+        return "Host *\n" + "".join(f"  {option}\n" for option in options)
+
     @property
     def command(self) -> list[str]:
         """The ssh command line."""
-        return ["ssh", *self.options, "-p", str(self.port), f"{self.user}@{self.host}"]
+        return [*self.prefix, "ssh", *self.options, "-p", str(self.port), f"{self.user}@{self.host}"]
 
 
 @dataclass
@@ -64,14 +96,16 @@ class Machine:
     """A running machine. Made by boot()."""
 
     login: Login
-    console: Path
-    """What the serial console said so far."""
+    console: Console
     accelerator: str
     """kvm or tcg (emulation)."""
+    started: float
+    """When it was switched on: seconds of the host's monotonic clock."""
+    port: Port | None
+    """Its place on a private network."""
     _process: subprocess.Popen[bytes]
     _monitor: Path
     _said: Path
-    started: float = field(default_factory=time.monotonic)
 
     @property
     def running(self) -> bool:
@@ -80,7 +114,7 @@ class Machine:
 
     def output(self) -> str:
         """Return what the serial console said so far."""
-        return self.console.read_text(errors="replace") if self.console.exists() else ""
+        return self.console.text()
 
     def cpu_seconds(self) -> float:
         """Return the CPU seconds that QEMU has used: a measure that a busy host disturbs less than the clock."""
@@ -114,17 +148,32 @@ class Machine:
         Raises:
             BakehouseError: it did not come to hold, or the machine ended.
         """
-        deadline = time.monotonic() + seconds
-        while not fact():
-            self.check()
-            if time.monotonic() > deadline:
-                last = "\n".join(self.output().splitlines()[-20:])
-                raise BakehouseError(
-                    f"no {what} within {seconds:.0f} s (QEMU used {self.cpu_seconds():.0f} CPU seconds)",
-                    hint="the console's last lines are below; a busy host may need --timeout",
-                    log=last,
-                )
-            time.sleep(POLL_SECONDS)
+
+        def last_words() -> str:
+            lines = self.output().splitlines()[-20:]
+            return "\n".join([*lines, f"(QEMU used {self.cpu_seconds():.0f} CPU seconds)"])
+
+        waiting.until(what, fact, seconds, poll=POLL_SECONDS, check=self.check, last_words=last_words)
+
+    def wait_for_console(self, what: str, pattern: str, seconds: float, start: int = 0) -> int:
+        """Wait until the console says something.
+
+        Args:
+            what: what is waited for, for the error.
+            pattern: a regular expression.
+            seconds: how long at most.
+            start: the number of the line to begin with.
+
+        Returns:
+            The number of the line.
+
+        Raises:
+            BakehouseError: it did not say it, or the machine ended.
+        """
+        self.wait(what, lambda: self.console.find(pattern, start) is not None, seconds)
+        found = self.console.find(pattern, start)
+        assert found is not None
+        return found[0]
 
     def ssh(self, command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a shell command in the machine, as its default user.
@@ -157,6 +206,19 @@ class Machine:
                 return False
 
         self.wait("login over SSH", answers, seconds)
+
+    def collect(self, folder: Path) -> None:
+        """Save what tells how the boot went: console, cloud-init's status and analysis, journal, the agent's status.
+
+        Args:
+            folder: where to; it is made.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "console.log").write_text(self.output())
+        for name, command in EVIDENCE.items():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                done = self.ssh(command)
+                (folder / name).write_text(done.stdout or done.stderr)
 
     def stop(self, seconds: float = 90) -> bool:
         """Press the power button, wait for the system to go down, and switch off where it does not.
@@ -231,8 +293,11 @@ def boot(
     hostname: str = "bakehouse",
     user: str = "debian",
     keep_console: Path | None = None,
+    data_source: DataSource = "nocloud",
+    network: Network | None = None,
+    clock: datetime.datetime | None = None,
 ) -> Iterator[Machine]:
-    """Boot an image with a NoCloud seed. The image is only read: what the machine writes goes to an overlay.
+    """Boot an image. The image is only read: what the machine writes goes to an overlay.
 
     The machine ends with the block, and with this process, however it ends.
 
@@ -244,10 +309,14 @@ def boot(
         cpus: how many.
         disk_size: bytes of the disk that the machine sees; the image's own size if that is larger.
         key: the private key to log in with, its public one beside it; one is made if there is none.
-        user_data: for cloud-init; by default just the key.
+        user_data: for cloud-init.
         hostname: the node's name.
         user: the image's default user.
         keep_console: where to write the console; a temporary file by default.
+        data_source: how cloud-init gets its data.
+        network: the private network to plug it into; by default it can go out through the host, and nobody can come in
+            but over SSH from this host.
+        clock: what its clock shall say when it is switched on, UTC; the right time by default.
 
     Raises:
         BakehouseError: QEMU does not start.
@@ -256,36 +325,83 @@ def boot(
         accelerated = kvm.works(probe).works
     except BakehouseError:
         accelerated = False
-    with tempfile.TemporaryDirectory(prefix="bakehouse-machine-") as name:
+    with tempfile.TemporaryDirectory(prefix="bakehouse-machine-") as name, run.ending_on_sigterm():
         folder = Path(name)
         key = key or make_key(folder)
-        public = key.with_name(f"{key.name}.pub")
-        if not public.is_file():
-            raise BakehouseError(f"{public} is not there", hint=f"ssh-keygen -y -f {key} > {public}")
-        overlay, seed_disk = folder / "disk.qcow2", folder / "seed.iso"
-        _overlay(image, overlay, disk_size)
-        data = user_data or seed.user_data_with_key(public.read_text())
-        seed.nocloud(seed_disk, hostname=hostname, instance_id=f"i-{uuid.uuid4().hex[:12]}", user_data=data)
-        console = keep_console or folder / "console.log"
-        console.write_bytes(b"")
-        command = _command(
-            folder, overlay, seed_disk, console, firmware=firmware, memory=memory, cpus=cpus, accelerated=accelerated
-        )
+        port = network.port(hostname) if network else None
+        told = _instance(hostname, key, user_data, port, data_source)
+        disk = folder / "disk.qcow2"
+        _overlay(image, disk, _with_room(image, disk_size) if data_source == "config-drive-partition" else disk_size)
+        drives = _drives(folder, disk, told, data_source, network)
+        command = _command(folder, disk, drives, port, firmware=firmware, memory=memory, cpus=cpus,
+                           accelerated=accelerated, clock=clock, data_source=data_source)  # fmt: skip
+        if network and port:
+            network.add_tap(port)
+            command = [*network.only_network, *command]
         said = folder / "qemu.log"
-        with said.open("wb") as output:
+        with said.open("wb") as errors:
+            started = time.monotonic()
             process = subprocess.Popen(
                 # setpriv makes the kernel end QEMU when we end, SIGKILL included.
                 ["setpriv", "--pdeathsig", "KILL", *command],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
             )  # fmt: skip
-        login = Login("127.0.0.1", 0, user, key)
-        machine = Machine(login, console, "kvm" if accelerated else "tcg", process, folder / "qmp", said)
+        assert process.stdout is not None
+        console = Console(process.stdout, keep_console or folder / "console.log")
+        login = Login(port.address, 22, user, key, tuple(network.only_network)) if network and port else None
+        nowhere = Login("127.0.0.1", 0, user, key)
+        accelerator = "kvm" if accelerated else "tcg"
+        machine = Machine(login or nowhere, console, accelerator, started, port, process, folder / "qmp", said)
         try:
-            with run.ending_on_sigterm():
+            if not login:
                 machine.login = Login("127.0.0.1", _forwarded_port(machine), user, key)
-                yield machine
+            yield machine
         finally:
             machine.kill()
+            console.end(5)
+            if network and port:
+                network.remove(port)
+
+
+def _instance(hostname: str, key: Path, user_data: str, port: Port | None, data_source: DataSource) -> Instance:
+    """Return what the machine is told about itself."""
+    public = key.with_name(f"{key.name}.pub")
+    if not public.is_file():
+        raise BakehouseError(f"{public} is not there", hint=f"ssh-keygen -y -f {key} > {public}")
+    networks: tuple[instance.Network, ...] = ()
+    if port and data_source.startswith("config-drive"):
+        # A config drive is for clouds without DHCP.
+        address = f"{port.address}/{SUBNET.prefixlen}"
+        networks = (instance.Network(port.mac, (address,), (str(GATEWAY),), dns=(str(GATEWAY),)),)
+    return Instance(hostname, str(uuid.uuid4()), user_data, (public.read_text().strip(),), networks)
+
+
+def _with_room(image: Path, disk_size: int) -> int:
+    """Return the size of a disk that has room for a config drive behind the image's partitions."""
+    shown = subprocess.run(
+        ["qemu-img", "info", "--output=json", str(image)], capture_output=True, text=True, check=True
+    )
+    found = re.search(r'"virtual-size": (\d+)', shown.stdout)
+    assert found is not None
+    return max(disk_size, int(found[1]) + (seed.CONFIG_DRIVE_PARTITION_MIB + 2) * MIB)
+
+
+def _drives(folder: Path, disk: Path, told: Instance, data_source: DataSource, network: Network | None) -> list[Path]:
+    """Bring the data to where cloud-init finds it. Return the disks to add to the machine."""
+    drive = folder / "seed.iso"
+    if data_source == "nocloud":
+        seed.nocloud_drive(drive, told)
+        return [drive]
+    if data_source == "metadata":
+        if network is None:
+            raise BakehouseError("the metadata service needs a private network")
+        network.serve_metadata(told)
+        return []
+    seed.config_drive(drive, told)
+    if data_source == "config-drive":
+        return [drive]
+    seed.add_config_drive_partition(disk, drive)
+    return []
 
 
 def _overlay(image: Path, overlay: Path, disk_size: int) -> None:
@@ -303,13 +419,15 @@ def _overlay(image: Path, overlay: Path, disk_size: int) -> None:
 def _command(
     folder: Path,
     disk: Path,
-    seed_disk: Path,
-    console: Path,
+    drives: list[Path],
+    port: Port | None,
     *,
     firmware: Firmware,
     memory: int,
     cpus: int,
     accelerated: bool,
+    clock: datetime.datetime | None,
+    data_source: DataSource,
 ) -> list[str]:
     command = [
         "qemu-system-x86_64", "-nodefaults", "-display", "none", "-vga", "none",
@@ -318,14 +436,24 @@ def _command(
         "-smp", str(cpus), "-m", str(memory),
         "-drive", f"if=none,id=disk,file={disk},format=qcow2,cache=unsafe,discard=unmap",
         "-device", "virtio-blk-pci,drive=disk,bootindex=1",
-        "-drive", f"if=none,id=seed,file={seed_disk},format=raw,readonly=on",
-        "-device", "virtio-blk-pci,drive=seed",
-        "-netdev", "user,id=net,hostfwd=tcp:127.0.0.1:0-:22",
-        "-device", "virtio-net-pci,netdev=net,romfile=",
         "-device", "virtio-rng-pci",
-        "-chardev", f"file,id=console,path={console},append=on", "-serial", "chardev:console",
+        "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console",
         "-qmp", f"unix:{folder / 'qmp'},server=on,wait=off",
     ]  # fmt: skip
+    for number, drive in enumerate(drives):
+        command += ["-drive", f"if=none,id=seed{number},file={drive},format=raw,readonly=on"]
+        command += ["-device", f"virtio-blk-pci,drive=seed{number}"]
+    if port:
+        command += ["-netdev", f"tap,id=net,ifname={port.device},script=no,downscript=no"]
+        command += ["-device", f"virtio-net-pci,netdev=net,mac={port.mac},romfile="]
+    else:
+        command += ["-netdev", "user,id=net,hostfwd=tcp:127.0.0.1:0-:22"]
+        command += ["-device", "virtio-net-pci,netdev=net,romfile="]
+    if data_source in {"metadata", "config-drive"}:
+        # As Nova has libvirt say it; cloud-init asks the metadata service only where it sees this (its ds-identify).
+        command += ["-smbios", "type=1,manufacturer=OpenStack Foundation,product=OpenStack Nova"]
+    if clock:
+        command += ["-rtc", f"base={clock.astimezone(datetime.UTC):%Y-%m-%dT%H:%M:%S},clock=host"]
     if firmware == "uefi":
         variables = folder / "uefi-variables.fd"
         shutil.copyfile(OVMF_VARIABLES, variables)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from bakehouse.errors import BakehouseError
+from bakehouse.timeline import Timeline
 
 FILE_NAME = "record.json"
 FORMAT = 1
@@ -59,6 +61,35 @@ class Usage(_Part):
     cpu_seconds: float
 
 
+class Check(_Part):
+    """One thing that an image was tried for."""
+
+    name: str
+    passed: bool
+    seconds: float
+    detail: str = ""
+    """Why it failed."""
+
+
+class Verification(_Part):
+    """How the verification of an image ended. One that failed must not be promoted."""
+
+    result: Literal["passed", "failed"]
+    at: datetime.datetime
+    seconds: float
+    accelerator: str
+    """kvm or tcg (emulation); empty where no machine was booted."""
+    firmware: str
+    checks: list[Check]
+    """What was tried, in this order; the first failure ends it."""
+    suite: list[Check]
+    """The facts that the testinfra suites asked for."""
+    timeline: Timeline | None
+    """Of the first boot, to the first job."""
+    rejoin: Timeline | None
+    """Of the boot after."""
+
+
 class Record(_Part):
     """All that is known about one image."""
 
@@ -92,7 +123,7 @@ class Record(_Part):
     usage: Usage
     builder: dict[str, str]
     """Versions of the tools that built it."""
-    verification: dict[str, object] | None = None
+    verification: Verification | None = None
     published: list[dict[str, object]] = []
 
     @property

@@ -146,17 +146,22 @@ class Isolation:
         log: takes the programs' output.
         memory_folder: an empty folder whose files shall be kept in memory; they are seen in this place only.
         memory_size: bytes that it may hold.
+        network: the place has a network of its own, empty at first; else it has the host's.
     """
 
-    def __init__(self, log: Log, *, memory_folder: Path | None = None, memory_size: int = 0) -> None:
+    def __init__(
+        self, log: Log, *, memory_folder: Path | None = None, memory_size: int = 0, network: bool = False
+    ) -> None:
         self.log = log
+        self._network = network
         self._arguments = (
             ["--memory-folder", str(memory_folder), "--memory-size", str(memory_size)] if memory_folder else []
         )
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        namespaces = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private", "--"]
+        namespaces = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
+        namespaces += ["--net", "--"] if self._network else ["--"]
         command = [*as_root(), "unshare", *namespaces, sys.executable, "-I", sandbox.__file__, *self._arguments]
         # Commands get their environment with each request: sudo would neither keep nor hide it.
         self._process = self._stack.enter_context(_started(command, None, subprocess.PIPE))
@@ -164,6 +169,12 @@ class Isolation:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    @property
+    def pid(self) -> int:
+        """Process 1 of the place, as the host sees it. Needs root, and a command that has been run already."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        return int(children[0])
 
     def run(self, command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> Took:
         """Run a program.
@@ -177,7 +188,7 @@ class Isolation:
         """
         words = [str(word) for word in command]
         self.log.write(f"$ {shlex.join(words)}")
-        request = {"command": words, "environment": _environment(environment or {})}
+        request = {"command": words, "environment": build_environment(environment or {})}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         count = 0
@@ -211,7 +222,7 @@ def isolated(command: Sequence[str | Path], log: Log, *, environment: Mapping[st
         return place.run(command, environment)
 
 
-def _environment(more: Mapping[str, str]) -> dict[str, str]:
+def build_environment(more: Mapping[str, str]) -> dict[str, str]:
     """Return what a build sees of the caller's environment, and more."""
     path = ":".join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/sbin:/sbin:/usr/bin:/bin"])
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}

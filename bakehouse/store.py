@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bakehouse import record as records
+from bakehouse.cache import write_atomically
 from bakehouse.errors import BakehouseError
 from bakehouse.record import Record
 
@@ -112,10 +113,25 @@ class LocalStore:
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
 
+    def amend(self, tag: str, changes: dict[str, object]) -> Record:
+        """Write more into the record of an image: what is found out about it later.
+
+        Args:
+            tag: the image.
+            changes: fields of the record and their new values.
+
+        Raises:
+            BakehouseError: the image is gone meanwhile.
+        """
+        path = self.folder(tag) / records.FILE_NAME
+        amended = records.read(path).model_copy(update=changes)
+        write_atomically(path, amended.model_dump_json(indent=1) + "\n")
+        return amended
+
     def remove(self, record: Record) -> int:
         """Remove an image. Return the bytes that this frees."""
         folder = self.folder(record.tag)
-        freed = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+        freed = sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))
         # The rename takes the image out of the store at once, whatever becomes of the deletion.
         leaving = self.root / f"{INCOMING}{record.name}+removed-{record.tag}"
         shutil.rmtree(leaving, ignore_errors=True)

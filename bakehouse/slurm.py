@@ -1,0 +1,223 @@
+"""A Slurm controller for tests and demos, run from an image's own root in a private network, with no host packages."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+from pathlib import Path
+from typing import Literal
+
+from bakehouse import waiting
+from bakehouse.errors import BakehouseError
+from bakehouse.network import FOLDER, GATEWAY, Network
+
+Authentication = Literal["munge", "slurm"]
+
+NAME = "controller"
+PORT = 6817
+KEY_BYTES = 1024
+"""As munge's mungekey(8) makes them at the most, and what Slurm's documentation of auth/slurm shows."""
+
+START_SECONDS = 60
+
+SLURM_CONF = """\
+ClusterName=bakehouse
+SlurmctldHost={name}({address})
+SlurmctldPort={port}
+SlurmUser=slurm
+SlurmctldParameters=enable_configless
+MaxNodeCount=1024
+# A node that comes back after it was lost is used again.
+ReturnToService=2
+TreeWidth=65533
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+DefMemPerCPU=100
+{authentication}
+{tasks}
+{accounting}
+StateSaveLocation=/var/spool/slurmctld
+SlurmdSpoolDir=/var/spool/slurmd
+SlurmctldPidFile=/run/slurmctld.pid
+SlurmctldTimeout=30
+SlurmdTimeout=60
+MessageTimeout=60
+InactiveLimit=0
+KillWait=10
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+AUTHENTICATION = {
+    "munge": "AuthType=auth/munge\nCredType=cred/munge",
+    # Users of nodes need not be known to the controller (slurm.conf(5), AuthInfo).
+    "slurm": "AuthType=auth/slurm\nCredType=auth/slurm\nAuthInfo=use_client_ids",
+}
+KEY_FILES = {"munge": ("etc/munge/munge.key", "munge"), "slurm": ("etc/slurm/slurm.key", "slurm")}
+
+LIMITED = "ProctrackType=proctrack/cgroup\nTaskPlugin=task/affinity,task/cgroup"
+UNLIMITED = "ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none"
+CGROUP_CONF = "CgroupPlugin=autodetect\nConstrainCores=yes\nConstrainRAMSpace=yes\n"
+"""For nodes that are machines. Containers of a host with both versions of cgroups cannot limit jobs."""
+
+
+class Controller:
+    """slurmctld and munged in a chroot of an image's root. They end with the network at the latest.
+
+    Args:
+        network: where it is; it has the network's gateway's address.
+        authentication: munge, or slurm for Slurm's own auth/slurm.
+    """
+
+    def __init__(self, network: Network, authentication: Authentication) -> None:
+        self.network = network
+        self.authentication = authentication
+        self.address = f"{GATEWAY}:{PORT}"
+        self.root = FOLDER / "copies" / NAME / "root"
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    @property
+    def key_file(self) -> Path:
+        """The cluster's key, in the place."""
+        return self.root / KEY_FILES[self.authentication][0]
+
+    @property
+    def key(self) -> bytes:
+        """The cluster's key."""
+        return self.network.path(self.key_file).read_bytes()
+
+    def path(self, inside: str) -> Path:
+        """Return how the host reaches a file of the controller."""
+        return self.network.path(self.root / inside.lstrip("/"))
+
+    def prepare(self, image_root: Path, *, cgroups: bool = True) -> None:
+        """Make its root and configuration, and a key.
+
+        Args:
+            image_root: a mounted image (Network.mount_image).
+            cgroups: nodes limit jobs by cgroups; False for nodes that are containers.
+
+        Raises:
+            BakehouseError: the image has no slurmctld.
+        """
+        self.network.writable_copy(image_root, NAME)
+        if self.run("test", "-x", "/usr/sbin/slurmctld").returncode != 0:
+            raise BakehouseError(
+                "this image has no slurmctld to test with",
+                hint="the element slurm-node installs it, not enabled: bake the image anew",
+            )
+        mounts: list[list[str | Path]] = [
+            ["mount", "-t", "proc", "proc", self.root / "proc"],
+            ["mount", "--bind", "/dev", self.root / "dev"],
+            ["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", self.root / "run"],
+        ]
+        for command in mounts:
+            self.network.run(command)
+        text = SLURM_CONF.format(
+            name=NAME, address=GATEWAY, port=PORT, authentication=AUTHENTICATION[self.authentication],
+            tasks=LIMITED if cgroups else UNLIMITED, accounting="AccountingStorageType=accounting_storage/none",
+        )  # fmt: skip
+        self.write("etc/slurm/slurm.conf", text)
+        self.write("etc/slurm/cgroup.conf", CGROUP_CONF if cgroups else "CgroupPlugin=disabled\n")
+        self.write("etc/hosts", f"127.0.0.1 localhost\n{GATEWAY} {NAME}\n")
+        file, owner = KEY_FILES[self.authentication]
+        self.path(file).parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path(file), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o400)
+        with os.fdopen(handle, "wb") as key:
+            key.write(secrets.token_bytes(KEY_BYTES))
+        self.run("sh", "-euc", f"""
+            chown {owner}: /{file}
+            install -d -o slurm -g slurm /var/spool/slurmctld /run/slurmctld
+            install -d -o munge -g munge /run/munge /var/log/munge
+            install -d -m 700 -o munge -g munge /var/lib/munge
+        """, check=True)  # fmt: skip
+
+    def write(self, inside: str, text: str) -> None:
+        """Write a file of the controller."""
+        self.path(inside).parent.mkdir(parents=True, exist_ok=True)
+        self.path(inside).write_text(text, encoding="utf-8")
+
+    @property
+    def _prefix(self) -> list[str]:
+        return [*self.network.everything, "chroot", str(self.root)]
+
+    def run(
+        self, *command: str, check: bool = False, user: str = "", timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on the controller.
+
+        Args:
+            command: the program and its arguments, such as ``srun hostname``.
+            check: a failure is an error.
+            user: as whom; root by default.
+            timeout: seconds.
+
+        Raises:
+            BakehouseError: it failed and that is an error.
+        """
+        become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--"] if user else []
+        done = subprocess.run(
+            [*self._prefix, *become, *command],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "HOME": "/root"},
+        )  # fmt: skip
+        if check and done.returncode != 0:
+            raise BakehouseError(
+                f"{command[0]} on the controller ended with status {done.returncode}", log=done.stdout + done.stderr
+            )
+        return done
+
+    def start(self) -> None:
+        """Start munged, if it is used, and slurmctld; wait until it answers.
+
+        Raises:
+            BakehouseError: it does not answer.
+        """
+        if self.authentication == "munge" and "munged" not in self._daemons:
+            self._daemon("munged", ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "--",
+                                    "/usr/sbin/munged", "--foreground"])  # fmt: skip
+            self._wait("munged", lambda: self.path("run/munge/munge.socket.2").exists())
+        # slurmctld compares the host's name with slurm.conf.
+        script = f"hostname {NAME}; exec /usr/sbin/slurmctld -D"
+        self._daemon("slurmctld", ["unshare", "--uts", "sh", "-c", script])
+        self._wait("slurmctld", lambda: self.run("scontrol", "ping").stdout.find(" is UP") > 0)
+
+    def _daemon(self, name: str, command: list[str]) -> None:
+        # Daemons run as a shell would start them in the root: the log is a file of the place.
+        full = ["chroot", str(self.root), *command]
+        self._daemons[name] = self.network.start(full, FOLDER / f"{name}.log")
+
+    def _wait(self, name: str, fact: object) -> None:
+        def check() -> None:
+            if self._daemons[name].poll() is not None:
+                raise BakehouseError(f"{name} ended", log=self.log(name)[-3000:])
+
+        assert callable(fact)
+        waiting.until(
+            f"answer from {name}", fact, START_SECONDS, poll=0.1, check=check, last_words=lambda: self.log(name)[-3000:]
+        )
+
+    def stop(self, *, keep_munge: bool = True) -> None:
+        """Stop slurmctld, as a crash would: nodes lose it."""
+        for name in ["slurmctld"] if keep_munge else [*self._daemons]:
+            process = self._daemons.pop(name, None)
+            if process:
+                self.network.run(["pkill", "-KILL", "-x", name])
+                process.wait(10)
+
+    def log(self, name: str = "slurmctld") -> str:
+        """Return what a daemon said: slurmctld or munged."""
+        path = self.network.path(FOLDER / f"{name}.log")
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def node(self, name: str) -> dict[str, str]:
+        """Return what the controller knows of a node, by field; empty where there is none."""
+        done = self.run("scontrol", "--oneliner", "show", "node", name)
+        if done.returncode != 0 or "=" not in done.stdout:
+            return {}
+        return dict(part.split("=", 1) for part in done.stdout.split() if "=" in part)
+
+    def states(self) -> dict[str, str]:
+        """Return the states of all nodes, by name."""
+        lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %T").stdout.splitlines()
+        return dict(line.split(None, 1) for line in lines if " " in line)

@@ -1,0 +1,381 @@
+"""Verify an image: boot it, join it to a real cluster, run jobs, reboot it, and ask it all that its suites ask."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from bakehouse import REPOSITORY, cluster, host, machine, run, timeline, userdata
+from bakehouse.cluster import Cluster
+from bakehouse.errors import BakehouseError
+from bakehouse.machine import Login, Machine
+from bakehouse.progress import Progress
+from bakehouse.record import FILE_NAME, Check, Record, Verification
+from bakehouse.run import Log
+from bakehouse.store import LocalStore
+from bakehouse.timeline import GUEST_COMMAND, GuestFacts, Timeline
+
+NODE = "node-1"
+STAGES = [
+    "cluster", "boot and join", "srun", "sbatch", "limits", "reboot and rejoin", "suite", "power off",
+]  # fmt: skip
+EVIDENCE = "verify"
+"""The folder beside an image's record that holds what its verification saw."""
+
+CPUS, MEMORY, DISK = 2, 1024, 4 << 30
+"""CPUs, MiB of memory and bytes of disk of the machine that is verified with."""
+
+JOIN_SECONDS = 900
+"""Emulated on a busy host; with KVM it is ten."""
+
+COMMAND_SECONDS = 300
+TASK_MEMORY = 200
+"""MiB that each job of the test of limits may use."""
+
+LIMITS = """
+group=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)
+while [ "$group" != /sys/fs/cgroup ]; do
+    limit=$(cat $group/memory.max)
+    [ "$limit" = max ] || break
+    group=$(dirname $group)
+done
+echo "task $SLURM_PROCID cpus $(nproc) memory $limit"
+"""
+"""What a task says of its limits: CPUs that it may use, and the nearest limit of memory above it (cgroups(7))."""
+
+
+@dataclass
+class _Run:
+    """What the steps of one verification share."""
+
+    record: Record
+    progress: Progress
+    checks: list[Check] = field(default_factory=list)
+
+    @contextmanager
+    def check(self, name: str, stage: str) -> Iterator[None]:
+        """Time one check and note how it ended. One that fails ends the verification."""
+        start = time.monotonic()
+        passed, detail = False, ""
+        try:
+            with self.progress.stage(stage):
+                yield
+            passed = True
+        except BakehouseError as error:
+            detail = "\n".join(part for part in (error.message, error.log) if part)
+            raise
+        except subprocess.TimeoutExpired as error:
+            detail = f"no end within {error.timeout:.0f} s: {' '.join(map(str, error.cmd))}"
+            raise BakehouseError(detail) from error
+        finally:
+            seconds = round(time.monotonic() - start, 3)
+            self.checks.append(Check(name=name, passed=passed, seconds=seconds, detail=detail))
+
+
+@dataclass(frozen=True)
+class Suites:
+    """The testinfra suites that an image is asked."""
+
+    folders: tuple[Path, ...]
+
+    def of(self, platform: str) -> list[Path]:
+        """Return the files for a platform: those of all nodes, and its own.
+
+        A folder's ``test_node.py`` and ``test_node_*.py`` are asked of every node, ``test_PLATFORM.py`` and
+        ``test_PLATFORM_*.py`` of the platform's.
+        """
+        names = ["test_node.py", "test_node_*.py", f"test_{platform}.py", f"test_{platform}_*.py"]
+        return [path for folder in self.folders for name in names for path in sorted(folder.glob(name))]
+
+
+OWN_SUITES = REPOSITORY / "tests" / "image"
+
+
+def verify(
+    record: Record,
+    store: LocalStore,
+    probe: Path,
+    console: Console,
+    *,
+    firmware: machine.Firmware | None = None,
+    suites: Suites | None = None,
+    verbose: bool = False,
+) -> Record:
+    """Verify an image and write the result into its record.
+
+    Args:
+        record: the image.
+        store: where it is.
+        probe: the folder where the answer about KVM is kept.
+        console: shows progress.
+        firmware: what to boot it under; the first that the image has by default.
+        suites: what to ask it; by default tests/image.
+        verbose: show what the tools say.
+
+    Returns:
+        The record with the result: an image that failed is marked.
+
+    Raises:
+        BakehouseError: this host cannot verify; nothing is said of the image then.
+    """
+    image = store.image(record)
+    needed(record)
+    evidence = store.folder(record.tag) / EVIDENCE
+    shutil.rmtree(evidence, ignore_errors=True)
+    evidence.mkdir()
+    started = datetime.datetime.now(datetime.UTC)
+    wanted = (suites or Suites((OWN_SUITES,))).of(record.platform)
+    with (
+        run.ending_on_sigterm(),
+        Progress(f"Verifying {record.name} {record.tag}", STAGES, console, verbose=verbose) as progress,
+    ):
+        log = Log(evidence / "verify.log", progress.line)
+        job = _Run(record, progress)
+        seen = _Seen()
+        try:
+            _joined(job, image, probe, firmware or _first(record), wanted, evidence, log, seen)
+            passed = all(case.passed for case in seen.suite)
+        except BakehouseError as error:
+            log.write(f"bakehouse: {error.message}")
+            passed = False
+        finally:
+            log.close()
+    result = Verification(
+        result="passed" if passed else "failed",
+        at=started,
+        seconds=round(progress.elapsed, 1),
+        accelerator=seen.accelerator,
+        firmware=firmware or _first(record),
+        checks=job.checks,
+        suite=seen.suite,
+        timeline=seen.timeline,
+        rejoin=seen.rejoin,
+    )
+    return store.amend(record.tag, {"verification": result})
+
+
+def needed(record: Record) -> None:
+    """Check that this host can verify an image.
+
+    Raises:
+        BakehouseError: it lacks a tool, or the platform cannot be verified yet.
+    """
+    lacking = host.missing()
+    if lacking:
+        raise BakehouseError(
+            f"this host lacks {', '.join(tool.name for tool in lacking)}",
+            hint=f"apt-get install {' '.join(host.packages_of(lacking))}",
+        )
+    if record.platform != "slurm":
+        raise BakehouseError(f"images of the platform {record.platform} cannot be verified yet", hint="only slurm can")
+
+
+@dataclass
+class _Seen:
+    """What is found on the way, kept also where a later step fails."""
+
+    accelerator: str = ""
+    timeline: Timeline | None = None
+    rejoin: Timeline | None = None
+    suite: list[Check] = field(default_factory=list)
+
+
+def _first(record: Record) -> machine.Firmware:
+    return "bios" if "bios" in record.firmware else "uefi"
+
+
+def _joined(
+    job: _Run,
+    image: Path,
+    probe: Path,
+    firmware: machine.Firmware,
+    suites: list[Path],
+    evidence: Path,
+    log: Log,
+    seen: _Seen,
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="bakehouse-verify-") as folder, ExitStack() as stack:
+        with job.check("a controller runs from the image's own root", "cluster"):
+            made = stack.enter_context(cluster.up(image, log))
+            stack.callback(lambda: (evidence / "slurmctld.log").write_text(made.controller.log()))
+            made.controller.start()
+        node = stack.enter_context(machine.boot(
+            image, probe=probe, firmware=firmware, memory=MEMORY, cpus=CPUS, disk_size=DISK,
+            key=machine.make_key(Path(folder)), user_data=userdata.render(made.join(NODE)), hostname=NODE,
+            network=made.network, keep_console=evidence / "console.log",
+        ))  # fmt: skip
+        seen.accelerator = node.accelerator
+        try:
+            _boot_to_off(job, made, node, suites, evidence, seen)
+        finally:
+            if node.running:
+                node.collect(evidence)
+
+
+def _boot_to_off(job: _Run, made: Cluster, node: Machine, suites: list[Path], evidence: Path, seen: _Seen) -> None:
+    with job.check("it boots and joins the cluster", "boot and join"):
+        wait_for_join(node)
+    with job.check("a job runs on it", "srun"):
+        _expect(made, ["srun", "hostname"], NODE)
+        first_job = time.monotonic()
+    with job.check("a batch job leaves its result", "sbatch"):
+        _batch(made, node)
+    with job.check("two tasks run within their limits", "limits"):
+        _limits(made)
+    seen.timeline = read_timeline(node, node.started)
+    seen.timeline = timeline.with_moment(seen.timeline, timeline.FIRST_JOB, first_job - node.started)
+    with job.check("it rejoins after a reboot", "reboot and rejoin"):
+        reset = _reboot(node)
+        _expect(made, ["srun", "hostname"], NODE)
+    seen.rejoin = read_timeline(node, reset)
+    with job.check("it is what its suites expect", "suite"):
+        seen.suite = ask(node.login, suites, job.record, evidence)
+        failed = [case.name for case in seen.suite if not case.passed]
+        if failed:
+            raise BakehouseError(f"{len(failed)} of {len(seen.suite)} facts do not hold: {', '.join(failed)}")
+    with job.check("it goes down when the power button is pressed", "power off"):
+        node.collect(evidence)
+        if not node.stop():
+            raise BakehouseError("it had to be switched off")
+
+
+def wait_for_join(node: Machine, start: int = 0, seconds: float = JOIN_SECONDS) -> int:
+    """Wait until the agent of a machine says that it has joined. Return the number of the console's line.
+
+    Raises:
+        BakehouseError: it says that it cannot, or it says nothing within the time.
+    """
+    line = node.wait_for_console("join", r"bakehouse-agent: \d+\.\d+ (joined|failed)", seconds, start)
+    said = node.console.lines[line].text
+    if " failed" in said:
+        raise BakehouseError(f"the node cannot join: {said.partition('bakehouse-agent: ')[2]}")
+    return line
+
+
+def read_timeline(node: Machine, power_on: float) -> Timeline:
+    """Return the timeline of a machine's boot.
+
+    Args:
+        node: the machine.
+        power_on: when it was switched on or reset, seconds of the host's monotonic clock.
+    """
+    node.wait_for_ssh(COMMAND_SECONDS)
+    asked = time.monotonic()
+    said = node.ssh(GUEST_COMMAND).stdout
+    facts = GuestFacts.parse(said)
+    answered = time.monotonic()
+    return timeline.from_boot(
+        node.console.lines, power_on, facts, accelerator=node.accelerator, asked=(asked, answered)
+    )
+
+
+def _expect(made: Cluster, command: list[str], answer: str) -> None:
+    done = made.controller.run(*command, timeout=COMMAND_SECONDS)
+    if done.returncode != 0 or done.stdout.strip() != answer:
+        raise BakehouseError(f"{' '.join(command)} said '{done.stdout.strip()}', not '{answer}'", log=done.stderr)
+
+
+def _batch(made: Cluster, node: Machine) -> None:
+    result = "/var/tmp/bakehouse-verify"  # noqa: S108 - on the node, which is thrown away
+    script = f"#!/bin/sh\necho $SLURM_JOB_ID $(hostname) > {result}\n"
+    made.controller.write("tmp/job.sh", script)
+    done = made.controller.run(
+        "sbatch", "--wait", "--parsable", "--chdir=/tmp", "--output=/dev/null", "/tmp/job.sh",  # noqa: S108
+        timeout=COMMAND_SECONDS,
+    )  # fmt: skip
+    number = done.stdout.strip()
+    if done.returncode != 0 or not number.isdigit():
+        raise BakehouseError("the batch job failed", log=done.stdout + done.stderr)
+    node.wait_for_ssh(COMMAND_SECONDS)
+    said = node.ssh(f"cat {result}; sudo rm {result}").stdout.strip()
+    if said != f"{number} {NODE}":
+        raise BakehouseError(f"the batch job's result is '{said}', not '{number} {NODE}'")
+
+
+def _limits(made: Cluster) -> None:
+    made.controller.write("tmp/limits.sh", LIMITS)
+    command = ["srun", "--ntasks=2", "--cpus-per-task=1", f"--mem={TASK_MEMORY}M", "--cpu-bind=cores"]
+    done = made.controller.run(*command, "bash", "-c", LIMITS, timeout=COMMAND_SECONDS)
+    expected = [f"task {number} cpus 1 memory {TASK_MEMORY << 20}" for number in range(2)]
+    if sorted(done.stdout.splitlines()) != expected:
+        raise BakehouseError(f"the tasks are not within their limits: {done.stdout.strip()}", log=done.stderr)
+    # tail keeps all of its input in memory, since it holds no end of a line.
+    greedy = f"head -c {2 * TASK_MEMORY}M /dev/zero | tail"
+    done = made.controller.run("srun", f"--mem={TASK_MEMORY}M", "bash", "-c", greedy, timeout=COMMAND_SECONDS)
+    if done.returncode == 0 or "oom" not in done.stderr.lower():
+        raise BakehouseError("a task that takes more memory than it may is not stopped", log=done.stderr)
+
+
+def _reboot(node: Machine) -> float:
+    """Reboot a machine and wait until it has joined again. Return when it was reset."""
+    start = len(node.console.lines)
+    node.ssh("sudo systemctl --no-block reboot")
+    # What the firmware or the kernel says first; the boot loader's menu says nothing.
+    node.wait_for_console("reboot", r"Linux version|Booting |SeaBIOS|BdsDxe|\x1bc", JOIN_SECONDS, start)
+    found = node.console.find(r"reboot: Restarting system|Reached target .*reboot.target|Rebooting", start)
+    reset = found[1].at if found else time.monotonic()
+    wait_for_join(node, start)
+    return reset
+
+
+def ask(login: Login, suites: list[Path], record: Record, evidence: Path) -> list[Check]:
+    """Run testinfra suites against a node.
+
+    Args:
+        login: how to reach it.
+        suites: files.
+        record: of its image.
+        evidence: where the report goes (``suite.xml``, in JUnit's form, and ``suite.txt``).
+
+    Returns:
+        A check for each fact; those that do not apply are left out.
+
+    Raises:
+        BakehouseError: the suites could not be run at all.
+    """
+    report = evidence / "suite.xml"
+    with tempfile.TemporaryDirectory(prefix="bakehouse-suite-") as name:
+        folder = Path(name)
+        (folder / FILE_NAME).write_text(record.model_dump_json())
+        config = folder / "ssh-config"
+        config.write_text(login.config(folder))
+        done = subprocess.run(
+            [
+                *login.prefix, sys.executable, "-m", "pytest", "-q", "--rootdir", OWN_SUITES, "-p", "no:cacheprovider",
+                "-W", "default", "-c", os.devnull, "-p", "tests.image.conftest", *suites,
+                f"--hosts=ssh://{login.user}@{login.host}:{login.port}", f"--ssh-config={config}", "--sudo",
+                f"--record={folder / FILE_NAME}", f"--junitxml={report}",
+            ],
+            cwd=REPOSITORY, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    (evidence / "suite.txt").write_text(done.stdout + done.stderr)
+    # 0: all passed, 1: some failed (pytest's documentation, exit codes).
+    if done.returncode not in {0, 1} or not report.is_file():
+        raise BakehouseError("the suites could not be run", log=(done.stdout + done.stderr)[-3000:])
+    return [*_cases(report)]
+
+
+def _cases(report: Path) -> Iterator[Check]:
+    # Written by pytest just now.
+    for case in ET.parse(report).getroot().iter("testcase"):  # noqa: S314
+        wrong = case.find("failure") if case.find("failure") is not None else case.find("error")
+        if case.find("skipped") is None:
+            name = f"{case.get('classname', '').rpartition('.')[2]}: {case.get('name', '').partition('[')[0]}"
+            yield Check(
+                name=name.replace("test_", "").replace("_", " "),
+                passed=wrong is None,
+                seconds=float(case.get("time", 0)),
+                detail="" if wrong is None else (wrong.get("message") or "")[:2000],
+            )

@@ -1,0 +1,1 @@
+../../../bootstrap/agent/bakehouse_agent.py
