@@ -10,7 +10,7 @@ from typing import Any
 
 from invoke import Collection, Context, Exit, task
 
-from bakehouse import cli
+from bakehouse import cli, cli_nodes, terminal
 from bakehouse.errors import BakehouseError
 
 
@@ -24,7 +24,7 @@ def command(function: Callable[..., None], **options: Any) -> Any:
         except BakehouseError as error:
             if os.environ.get("BAKEHOUSE_DEBUG") or {"--debug", "-d"} & set(sys.argv[1:]):
                 raise
-            cli.show_error(error)
+            terminal.show_error(error)
             raise Exit(code=1) from error
         except KeyboardInterrupt:
             raise Exit("stopped", code=130) from None
@@ -52,15 +52,19 @@ def _bake(
     force: bool = False,
     verbose: bool = False,
     wait: bool = True,
+    verify: bool = True,
     json: bool = False,
 ) -> None:
-    """Bake an image: what a manifest declares becomes a disk image in the store. Does nothing where nothing changed.
+    """Bake an image: what a manifest declares becomes a disk image in the store, and verify it by booting it.
+
+    Does nothing where nothing changed.
 
     Examples:
       invoke bake --platform slurm
       invoke bake --platform slurm --release bookworm
       invoke bake --platform slurm --format qcow2,raw
       invoke bake --platform slurm --refresh
+      invoke bake --platform slurm --no-verify
     """
     cli.bake(
         platform,
@@ -70,6 +74,7 @@ def _bake(
         force=force,
         verbose=verbose,
         wait=wait,
+        verify=verify,
         as_json=json,
     )
 
@@ -133,6 +138,26 @@ def _prune(_context: Context, limit: str = "", everything: bool = False) -> None
     cli.prune(limit=limit, everything=everything)
 
 
+def _verify(_context: Context, tag: str, firmware: str = "", verbose: bool = False, json: bool = False) -> None:
+    """Verify an image: boot it, join it to a real cluster, run jobs, reboot it, run its testinfra suites.
+
+    The result and the timeline go into the image's record; an image that failed is marked. Needs root or sudo.
+
+    Examples:
+      invoke verify slurm
+      invoke verify 20261123-5853cc9 --firmware uefi
+    """
+    cli_nodes.verify(tag, firmware=firmware, verbose=verbose, as_json=json)
+
+
+def _timeline(_context: Context, tag: str, json: bool = False) -> None:
+    """Show what an image's boot waited for, from power-on to its first job, as its verification saw it.
+
+    Example: invoke images.timeline slurm
+    """
+    cli_nodes.show_timeline(tag, as_json=json)
+
+
 def _boot(
     _context: Context,
     tag: str,
@@ -144,6 +169,9 @@ def _boot(
     user_data: str = "",
     timeout: int = 900,
     exec: str = "",
+    data_source: str = "nocloud",
+    name: str = "",
+    join: bool = False,
 ) -> None:
     """Boot an image in QEMU, show its console, give an SSH command, and stop it cleanly on Ctrl-C.
 
@@ -153,8 +181,10 @@ def _boot(
       invoke boot slurm
       invoke boot 20261123-5853cc9 --firmware uefi --memory 2GiB --disk 10GiB
       invoke boot slurm --exec 'systemd-analyze'
+      invoke boot slurm --join --name node-1         (after: invoke cluster.up slurm)
+      invoke boot slurm --data-source metadata
     """
-    cli.boot(
+    cli_nodes.boot(
         tag,
         firmware=firmware,
         memory=memory,
@@ -164,7 +194,111 @@ def _boot(
         user_data=user_data,
         timeout=timeout,
         execute=exec,
+        data_source=data_source,
+        name=name,
+        join=join,
     )
+
+
+def _userdata(
+    _context: Context,
+    platform: str = "slurm",
+    path: str = "bake",
+    node: str = "",
+    controller: list[str] = [],  # noqa: B006 - how Invoke declares a flag that may be repeated
+    authentication: str = "munge",
+    feature: list[str] = [],  # noqa: B006
+    hardware: str = "",
+    key_file: str = "",
+    broker: str = "",
+    ca: str = "",
+    token_file: str = "",
+    ssh_key: list[str] = [],  # noqa: B006
+    output: str = "",
+) -> None:
+    r"""Print cloud-init user-data that brings a node into its cluster. Secrets come from files, never from flags.
+
+    Examples:
+      invoke join.token --platform slurm --node node-1 > token
+      invoke userdata --controller ctl.example.org --node node-1 --broker https://ctl.example.org:8444 \
+          --ca ca.crt --token-file token --output node-1.yaml
+      invoke userdata --controller ctl.example.org --key-file /etc/munge/munge.key --output nodes.yaml
+    """
+    cli_nodes.render_userdata(
+        platform=platform,
+        path=path,
+        node=node,
+        controllers=controller,
+        authentication=authentication,
+        features=feature,
+        hardware=hardware,
+        key_file=key_file,
+        broker=broker,
+        ca=ca,
+        token_file=token_file,
+        ssh_keys=ssh_key,
+        output=output,
+    )
+
+
+def _join_token(_context: Context, platform: str, node: str, lifetime: str = "1h") -> None:
+    """Make a one-time token with which a node fetches its cluster's key, and print it.
+
+    Run it beside the join broker (setting 'broker'); where there is none, the cluster of cluster.up is asked.
+
+    Example: invoke join.token --platform slurm --node node-1 --lifetime 30m
+    """
+    cli_nodes.join_token(platform=platform, node=node, lifetime=lifetime)
+
+
+def _join_tokens(_context: Context, json: bool = False) -> None:
+    """List the tokens of the join broker on this host: for whom, until when, used from where."""
+    cli_nodes.join_tokens(as_json=json)
+
+
+def _join_revoke(_context: Context, which: str) -> None:
+    """Make the tokens of a node void, or the one with this id.
+
+    Example: invoke join.revoke node-1
+    """
+    cli_nodes.join_revoke(which)
+
+
+def _cluster_up(
+    _context: Context,
+    platform: str,
+    image: str = "",
+    authentication: str = "munge",
+    accounting: bool = False,
+) -> None:
+    """Start a real controller on this host, in a private network, from an image's own root. Needs root or sudo.
+
+    Examples:
+      invoke cluster.up slurm
+      invoke cluster.up slurm --authentication slurm --accounting
+    """
+    cli_nodes.cluster_up(platform, image=image, authentication=authentication, accounting=accounting)
+
+
+def _cluster_down(_context: Context, platform: str = "slurm") -> None:
+    """End the cluster of cluster.up and all that is in it.
+
+    Example: invoke cluster.down slurm
+    """
+    cli_nodes.cluster_down(platform)
+
+
+def _cluster_status(_context: Context, json: bool = False) -> None:
+    """Show the cluster that runs here and its nodes."""
+    cli_nodes.cluster_status(as_json=json)
+
+
+def _cluster_run(_context: Context, command: str, platform: str = "slurm") -> None:
+    """Run a command on the cluster's controller.
+
+    Example: invoke cluster.run 'srun --nodes=2 hostname'
+    """
+    cli_nodes.cluster_run(command, platform=platform)
 
 
 def _bench_bake(_context: Context, platform: str = "slurm", rounds: int = 1, json: bool = False) -> None:
@@ -173,6 +307,14 @@ def _bench_bake(_context: Context, platform: str = "slurm", rounds: int = 1, jso
     Example: invoke bench.bake --rounds 3
     """
     cli.bench_bake(platform, rounds=rounds, as_json=json)
+
+
+def _bench_boot(_context: Context, rounds: int = 3, json: bool = False) -> None:
+    """Measure power-on to joined against power-on to the login prompt of a plain Debian cloud image, in one run.
+
+    Example: invoke bench.boot --rounds 3
+    """
+    cli.bench_boot_to_joined(rounds=rounds, as_json=json)
 
 
 def _settings(_context: Context) -> None:
@@ -206,6 +348,7 @@ bake = command(
         "refresh": "renew the base root, and so its packages",
         "force": "build even where nothing changed",
         "verbose": "show the output of diskimage-builder",
+        "verify": "--no-verify: leave out booting and joining the image",
         "wait": "wait for a bake of the same platform that is going on (--no-wait: fail)",
     },
 )
@@ -231,6 +374,37 @@ boot = command(
         "user-data": "a file with user-data for cloud-init, in place of just the key",
         "timeout": "seconds until SSH must answer",
         "exec": "run a command over SSH, print its output, and stop",
+        "data-source": "where cloud-init finds its data: nocloud, config-drive, config-drive-partition or metadata",
+        "name": "the node's name; the manifest's by default",
+        "join": "join the cluster of cluster.up",
+    },
+)
+verify = command(
+    _verify,
+    name="verify",
+    positional=["tag"],
+    help=TAG
+    | JSON
+    | {"firmware": "bios or uefi; the first that the image has by default", "verbose": "show what the tools say"},
+)
+userdata = command(
+    _userdata,
+    name="userdata",
+    iterable=["controller", "feature", "ssh_key"],
+    help={
+        "platform": "slurm",
+        "path": "bake",
+        "node": "the node's name; by default the one that its cloud gives it",
+        "controller": "HOST or HOST:PORT of slurmctld; may be repeated",
+        "authentication": "munge, or slurm for Slurm's own auth/slurm",
+        "feature": "a feature of the node; may be repeated",
+        "hardware": "in place of what slurmd detects, such as 'CPUs=4 RealMemory=3800'",
+        "key-file": "the cluster's key, to stand in the user-data itself (the weaker way)",
+        "broker": "address of the join broker, such as https://ctl.example.org:8444",
+        "ca": "file with the certificate of the broker's authority",
+        "token-file": "file with the token, or - for standard input",
+        "ssh-key": "file with public keys that may log in; may be repeated",
+        "output": "write to this file, readable by you only",
     },
 )
 
@@ -240,6 +414,7 @@ manifests.add_task(command(_schema, name="schema"))
 images = Collection("images")
 images.add_task(command(_images, name="list", help=JSON), default=True)
 images.add_task(command(_show, name="show", positional=["tag"], help=TAG | JSON))
+images.add_task(command(_timeline, name="timeline", positional=["tag"], help=TAG | JSON))
 images.add_task(command(_remove, name="remove", positional=["tag"], help=TAG))
 cache = Collection("cache")
 cache.add_task(command(_cache, name="list", help=JSON), default=True)
@@ -259,4 +434,40 @@ bench.add_task(
     )
 )
 
-namespace = Collection(bake, plan, doctor, settings, test, boot, manifests, images, cache, bench)
+bench.add_task(command(_bench_boot, name="boot", help=JSON | {"rounds": "measure so many times; medians are shown"}))
+join = Collection("join")
+join.add_task(
+    command(
+        _join_token,
+        name="token",
+        help={"platform": "slurm", "node": "the node's name", "lifetime": "such as 30m, 2h, 1d"},
+    )
+)
+join.add_task(command(_join_tokens, name="tokens", help=JSON))
+join.add_task(
+    command(_join_revoke, name="revoke", positional=["which"], help={"which": "a node's name, or a token's id"})
+)
+cluster = Collection("cluster")
+CLUSTER = {"platform": "slurm"}
+cluster.add_task(
+    command(
+        _cluster_up,
+        name="up",
+        positional=["platform"],
+        help=CLUSTER
+        | {
+            "image": "the image whose root the controller runs from; the platform's newest by default",
+            "authentication": "munge, or slurm for Slurm's own auth/slurm",
+            "accounting": "with slurmdbd and a database, which are installed from the site's mirrors first",
+        },
+    )
+)
+cluster.add_task(command(_cluster_down, name="down", positional=["platform"], help=CLUSTER))
+cluster.add_task(command(_cluster_status, name="status", help=JSON), default=True)
+cluster.add_task(
+    command(_cluster_run, name="run", positional=["command"], help=CLUSTER | {"command": "a shell command line"})
+)
+
+namespace = Collection(
+    bake, plan, doctor, settings, test, boot, verify, userdata, manifests, images, cache, bench, join, cluster
+)

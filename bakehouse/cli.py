@@ -4,84 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import os
-import re
-import shlex
 import subprocess
 import sys
-import threading
-import time
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bakehouse import REPOSITORY, bench, build, host, machine, manifest, run
+from bakehouse import REPOSITORY, bench, build, cli_nodes, host, manifest, run, sudo
 from bakehouse import plan as plans
 from bakehouse import settings as site
-from bakehouse.cache import BaseCache
 from bakehouse.errors import BakehouseError
 from bakehouse.plan import Plan
 from bakehouse.record import Record
 from bakehouse.store import LocalStore
-
-WIDTH = None if sys.stdout.isatty() else 160
-"""Columns where no terminal says how many: logs of CI are read in wide windows."""
-
-console = Console(width=WIDTH)
-errors = Console(stderr=True, width=WIDTH)
-
-GIB = 1 << 30
-
-
-def show_error(error: BakehouseError) -> None:
-    """Print an error: the log's last lines, the sentence, the hint."""
-    for line in error.log.splitlines():
-        errors.print(f"  | {line}", style="dim", markup=False, highlight=False, soft_wrap=True)
-    errors.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
-    if error.hint:
-        errors.print(f"[bold]hint:[/] {escape(error.hint)}", highlight=False, soft_wrap=True)
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=1, default=str))
-
-
-def _size(count: float) -> str:
-    """Write bytes for people."""
-    step = 1024
-    for unit in ("B", "KiB", "MiB"):
-        if count < step:
-            return f"{count:.0f} {unit}"
-        count /= step
-    return f"{count:.2f} GiB"
-
-
-def _age(since: datetime.datetime) -> str:
-    """Write how long ago something was."""
-    seconds = max(0.0, (datetime.datetime.now(datetime.UTC) - since).total_seconds())
-    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def _parse_size(text: str, what: str) -> int:
-    try:
-        size = manifest.parse_size(text)
-    except ValueError:
-        size = None
-    if size is None:
-        raise BakehouseError(f"{what} {text}: it is a size such as 512MiB or 4GiB")
-    return size
-
-
-def _open() -> tuple[site.Settings, LocalStore, BaseCache]:
-    settings = site.load()
-    return settings, LocalStore(settings.store), BaseCache(settings.cache)
+from bakehouse.terminal import GIB, age_text, console, errors, open_site, parse_size, print_json, size_text
 
 
 def _make_plan(name: str, settings: site.Settings, release: str, formats: str) -> Plan:
@@ -100,7 +38,7 @@ def doctor(*, as_json: bool) -> None:
             rows.append(check)
             table.add_row(marks[check.state], check.subject, escape(check.finding), escape(check.remedy))
     if as_json:
-        _print_json([dataclasses.asdict(check) for check in rows])
+        print_json([dataclasses.asdict(check) for check in rows])
     else:
         console.print(table)
     failed = [check.subject for check in rows if check.state == "failed"]
@@ -117,10 +55,11 @@ def bake(
     force: bool,
     verbose: bool,
     wait: bool,
+    verify: bool,
     as_json: bool,
 ) -> None:
-    """Bake an image and print a summary."""
-    settings, store, cache = _open()
+    """Bake an image, verify it, and print a summary."""
+    settings, store, cache = open_site()
     _warn_of_damage(store)
     wanted = _make_plan(name, settings, release, formats)
     progress = errors if as_json else console
@@ -135,14 +74,19 @@ def bake(
         verbose=verbose,
         in_memory=settings.build_in_memory == "auto",
     )
-    if as_json:
-        _print_json(found.model_dump(mode="json") | {"built": built})
-    elif built:
-        _print_summary(found, store)
-    else:
-        console.print(
+    if not built:
+        progress.print(
             f"{found.name} {found.tag} is up to date: nothing that goes into it has changed. (--force builds)"
         )
+    if verify and found.verification is None and cli_nodes.can_verify(found):
+        found = cli_nodes.verified(found, settings, store, progress, verbose=verbose)
+    if as_json:
+        print_json(found.model_dump(mode="json") | {"built": built})
+    elif built:
+        _print_summary(found, store)
+    if found.verification and found.verification.result == "failed":
+        raise cli_nodes.failure(found, store)
+    if not as_json:
         _print_next(found)
 
 
@@ -156,7 +100,6 @@ def _print_summary(found: Record, store: LocalStore) -> None:
     console.print(table)
     console.print()
     _print_facts(found, store)
-    _print_next(found)
 
 
 def _print_facts(found: Record, store: LocalStore) -> None:
@@ -164,15 +107,22 @@ def _print_facts(found: Record, store: LocalStore) -> None:
     facts = [
         ("image", f"{found.name} {found.tag}"),
         *(
-            (file.format, f"{folder / file.file}  ({_size(file.size)}, the guest sees {_size(file.virtual_size)})")
+            (
+                file.format,
+                f"{folder / file.file}  ({size_text(file.size)}, the guest sees {size_text(file.virtual_size)})",
+            )
             for file in found.files
         ),
-        ("root", f"{_size(found.root_used)} used of {_size(found.root_size)}, grows to the node's disk at boot"),
+        (
+            "root",
+            f"{size_text(found.root_used)} used of {size_text(found.root_size)}, grows to the node's disk at boot",
+        ),
         ("boots", f"{' and '.join(found.firmware).upper()}, kernel {found.kernel}"),
         ("packages", f"{found.package_count}: {folder / found.sbom}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in found.versions.items() if name != "kernel")),
-        ("took", f"{_size(found.usage.peak_memory)} of memory, {_size(found.usage.disk)} of disk at the most"),
+        ("took", f"{size_text(found.usage.peak_memory)} of memory, {size_text(found.usage.disk)} of disk at the most"),
         ("log", str(folder / "build.log")),
+        ("verified", cli_nodes.verdict(found)),
     ]
     for name, value in facts:
         console.print(f"[bold]{name:9}[/] {escape(value)}", highlight=False, soft_wrap=True)
@@ -189,7 +139,7 @@ def _warn_of_damage(store: LocalStore) -> None:
 
 def plan(name: str, *, release: str, formats: str, as_json: bool) -> None:
     """Print a plan and what a bake of it would do."""
-    settings, store, cache = _open()
+    settings, store, cache = open_site()
     wanted = _make_plan(name, settings, release, formats)
     decision = plans.decide(wanted, store, cache)
     if as_json:
@@ -198,7 +148,7 @@ def plan(name: str, *, release: str, formats: str, as_json: bool) -> None:
             "base_cached": decision.base is not None,
             "reasons": list(decision.reasons),
         }
-        _print_json(wanted.as_dict() | {"decision": would})
+        print_json(wanted.as_dict() | {"decision": would})
         return
     image = wanted.manifest
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -210,7 +160,7 @@ def plan(name: str, *, release: str, formats: str, as_json: bool) -> None:
     own = [element.name for element in wanted.elements if not element.built_in]
     others = [element.name for element in wanted.elements if element.built_in]
     base = decision.base
-    root = f"root {_size(image.disk.root_size) if image.disk.root_size else 'auto'}"
+    root = f"root {size_text(image.disk.root_size) if image.disk.root_size else 'auto'}"
     formats = " and ".join(image.disk.formats)
     rows = [
         ("manifest", " <- ".join(reversed(wanted.resolved.chain))),
@@ -223,7 +173,7 @@ def plan(name: str, *, release: str, formats: str, as_json: bool) -> None:
         *((f"  {element}", " ".join(sorted(set(names)))) for element, names in sorted(by_element.items())),
         ("digest", wanted.digest),
         ("base root", f"{wanted.base_key}: " + (
-            f"cached, {_size(base.size)}, {_age(base.created)} old" if base else "to be made")),
+            f"cached, {size_text(base.size)}, {age_text(base.created)} old" if base else "to be made")),
     ]  # fmt: skip
     for key, value in rows:
         table.add_row(key, value)
@@ -239,7 +189,7 @@ def plan(name: str, *, release: str, formats: str, as_json: bool) -> None:
 
 def manifests(*, as_json: bool) -> None:
     """List the manifests."""
-    settings, store, _ = _open()
+    settings, store, _ = open_site()
     places = manifest.folders(settings.manifests)
     newest = {found.name: found for found in reversed(store.records())}
     rows: list[dict[str, Any]] = []
@@ -257,26 +207,26 @@ def manifests(*, as_json: bool) -> None:
             "name": name, "file": str(path), "platform": image.platform, "extends": list(resolved.chain[:-1]),
             "release": image.release, "description": image.description, "newest": found.tag if found else None,
         })  # fmt: skip
-        last = f"{found.tag}, {_age(found.created)} old" if found else "-"
+        last = f"{found.tag}, {age_text(found.created)} old" if found else "-"
         table.add_row(name, image.platform or "[dim](base)[/]", system, last, escape(image.description))
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
         console.print(table)
 
 
 def schema() -> None:
     """Print the JSON Schema of manifests."""
-    _print_json(manifest.schema())
+    print_json(manifest.schema())
 
 
 def images(*, as_json: bool) -> None:
     """List the images in the store."""
-    _, store, _ = _open()
+    _, store, _ = open_site()
     _warn_of_damage(store)
     found = store.records()
     if as_json:
-        _print_json([image.model_dump(mode="json", exclude={"inputs"}) for image in found])
+        print_json([image.model_dump(mode="json", exclude={"inputs"}) for image in found])
         return
     if not found:
         console.print(f"No images in {store.root} yet. Bake one: [bold]invoke bake --platform slurm[/]", soft_wrap=True)
@@ -284,21 +234,21 @@ def images(*, as_json: bool) -> None:
     table = Table("Tag", "Manifest", "Platform", "System", "Age", "Files", "Verified", box=None, pad_edge=False)
     table.columns[0].no_wrap = True
     for image in found:
-        files = ", ".join(f"{file.format} {_size(file.size)}" for file in image.files)
-        verified = "-" if image.verification is None else image.verification.result
+        files = ", ".join(f"{file.format} {size_text(file.size)}" for file in image.files)
+        verified = cli_nodes.verdict(image)
         system = f"{image.distribution} {image.release}"
-        table.add_row(image.tag, image.name, image.platform, system, _age(image.created), files, verified)
+        table.add_row(image.tag, image.name, image.platform, system, age_text(image.created), files, verified)
     console.print(table)
     total = sum(file.size for image in found for file in image.files)
-    console.print(f"[dim]{len(found)} images, {_size(total)}, in {store.root}[/]", highlight=False, soft_wrap=True)
+    console.print(f"[dim]{len(found)} images, {size_text(total)}, in {store.root}[/]", highlight=False, soft_wrap=True)
 
 
 def show(tag: str, *, as_json: bool) -> None:
     """Show one image."""
-    _, store, _ = _open()
+    _, store, _ = open_site()
     found = store.get(tag)
     if as_json:
-        _print_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
         return
     _print_summary(found, store)
     more = [("digest", found.digest), ("created", f"{found.created:%Y-%m-%d %H:%M:%S} UTC"), ("commit", found.commit)]
@@ -311,146 +261,75 @@ def show(tag: str, *, as_json: bool) -> None:
 
 def remove(tag: str) -> None:
     """Remove an image."""
-    _, store, _ = _open()
+    _, store, _ = open_site()
     found = store.get(tag)
     if not found.tag.startswith(tag):
         raise BakehouseError(
             f"'{tag}' is a manifest's name; to remove an image, name its tag", hint=f"its newest image is {found.tag}"
         )
     freed = store.remove(found)
-    console.print(f"removed {found.name} {found.tag}, {_size(freed)}", highlight=False)
+    console.print(f"removed {found.name} {found.tag}, {size_text(freed)}", highlight=False)
 
 
 def cache(*, as_json: bool) -> None:
     """Show the cache."""
-    settings, _, held = _open()
+    settings, _, held = open_site()
     entries = held.entries()
     if as_json:
-        _print_json([dataclasses.asdict(entry) for entry in entries])
+        print_json([dataclasses.asdict(entry) for entry in entries])
         return
     table = Table("What", "Name", "Size", "Last used", box=None, pad_edge=False)
     table.columns[2].justify = "right"
     for entry in entries:
-        table.add_row(entry.kind, entry.name, _size(entry.size), f"{_age(entry.used)} ago")
+        table.add_row(entry.kind, entry.name, size_text(entry.size), f"{age_text(entry.used)} ago")
     console.print(table)
     total = sum(entry.size for entry in entries)
     limit = f"limit {settings.cache_limit_gib:g} GiB"
-    console.print(f"[dim]{_size(total)} in {held.root} ({limit})[/]", highlight=False, soft_wrap=True)
+    console.print(f"[dim]{size_text(total)} in {held.root} ({limit})[/]", highlight=False, soft_wrap=True)
 
 
 def prune(*, limit: str, everything: bool) -> None:
     """Shrink the cache."""
-    settings, _, held = _open()
-    size = _parse_size(limit, "--limit") if limit else int(settings.cache_limit_gib * GIB)
+    settings, _, held = open_site()
+    size = parse_size(limit, "--limit") if limit else int(settings.cache_limit_gib * GIB)
     removed = held.prune(0 if everything else size, datetime.datetime.now(datetime.UTC))
     freed = sum(entry.size for entry in removed)
     bases = [entry.name for entry in removed if entry.kind == "base root"]
     packages = len(removed) - len(bases)
-    console.print(f"removed {len(bases)} base roots and {packages} packages, {_size(freed)}", highlight=False)
+    console.print(f"removed {len(bases)} base roots and {packages} packages, {size_text(freed)}", highlight=False)
     for name in bases:
         console.print(f"  {name}", highlight=False)
 
 
-def boot(
-    tag: str,
-    *,
-    firmware: str,
-    memory: str,
-    cpus: int,
-    disk: str,
-    key: str,
-    user_data: str,
-    timeout: int,
-    execute: str,
-) -> None:
-    """Boot an image, show its console, and stop it cleanly."""
-    _, store, cache = _open()
-    found = store.get(tag)
-    if firmware not in {"bios", "uefi"}:
-        raise BakehouseError(f"--firmware {firmware}: it is bios or uefi")
-    if firmware not in found.firmware:
-        raise BakehouseError(
-            f"{found.tag} does not boot under {firmware.upper()}, only {' and '.join(found.firmware).upper()}",
-            hint="its manifest's disk.firmware says so",
-        )
-    private = Path(key).expanduser() if key else None
-    if private and not private.is_file():
-        raise BakehouseError(f"--key {key} is not a file", hint="name the private key; the public one is beside it")
-    with machine.boot(
-        store.image(found),
-        probe=cache.kvm,
-        firmware="uefi" if firmware == "uefi" else "bios",
-        memory=_parse_size(memory, "--memory") >> 20,
-        cpus=cpus,
-        disk_size=_parse_size(disk, "--disk") if disk else 0,
-        key=private,
-        user_data=_read_user_data(user_data) if user_data else "",
-        hostname=found.name,
-    ) as running:
-        how = "KVM" if running.accelerator == "kvm" else "emulation (KVM does not work here), so a boot takes a minute"
-        errors.print(f"Booting {found.tag} under {firmware.upper()} with {how}. Ctrl-C stops it.", highlight=False)
-        try:
-            if execute:
-                _execute(running, execute, timeout)
-            else:
-                _attend(running, timeout)
-        except KeyboardInterrupt:
-            errors.print("\nStopping the machine (Ctrl-C again: switch it off) ...")
-        finally:
-            clean = running.stop()
-            errors.print("Stopped cleanly." if clean else "Switched off.")
-
-
-def _read_user_data(name: str) -> str:
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except OSError as error:
-        raise BakehouseError(f"--user-data {name} cannot be read: {error.strerror}") from error
-
-
-def _execute(running: machine.Machine, command: str, timeout: float) -> None:
-    """Run one command in a machine and pass on its output."""
-    running.wait_for_ssh(timeout)
-    done = running.ssh(command, timeout=timeout)
-    sys.stdout.write(done.stdout)
-    sys.stderr.write(done.stderr)
-    if done.returncode != 0:
-        raise BakehouseError(f"the command ended with status {done.returncode}")
-
-
-def _attend(running: machine.Machine, timeout: float) -> None:
-    """Show a machine's console until it ends."""
-    threading.Thread(target=_follow, args=(running,), daemon=True).start()
-    running.wait_for_ssh(timeout)
-    errors.print(f"\n[bold green]Up after {time.monotonic() - running.started:.0f} s.[/]")
-    command = escape(shlex.join(running.login.command))
-    errors.print(f"Log in from another terminal:\n  {command}\n", highlight=False, soft_wrap=True)
-    while running.running:
-        time.sleep(0.5)
-    errors.print("The machine switched itself off.")
-
-
-def _follow(running: machine.Machine) -> None:
-    """Copy a machine's console to ours, to its end."""
-    with running.console.path.open("rb") as file:
-        while (piece := file.read(4096)) or running.running:
-            if piece:
-                # Questions to the terminal (where is the cursor?) would have it answer into the user's shell.
-                sys.stdout.buffer.write(re.sub(rb"\x1b\[\d*n", b"", piece))
-                sys.stdout.flush()
-            else:
-                time.sleep(0.1)
-
-
 def bench_bake(name: str, *, rounds: int, as_json: bool) -> None:
     """Measure a bake and print ratios."""
-    if rounds < 1:
-        raise BakehouseError(f"--rounds {rounds}: it is 1 or more")
+    _check_rounds(rounds)
     settings = site.load()
     with run.ending_on_sigterm():
-        result = bench.bake(name, settings, rounds, errors)
+        _print_result(bench.bake(name, settings, rounds, errors), as_json=as_json)
+
+
+def bench_boot_to_joined(*, rounds: int, as_json: bool) -> None:
+    """Measure boots and print ratios."""
+    from bakehouse import bench_boot
+
+    _check_rounds(rounds)
+    settings = site.load()
+    status = sudo.again_as_root(settings)
+    if status is not None:
+        raise SystemExit(status)
+    with run.ending_on_sigterm():
+        _print_result(bench_boot.boot(settings, rounds, errors), as_json=as_json)
+
+
+def _check_rounds(rounds: int) -> None:
+    if rounds < 1:
+        raise BakehouseError(f"--rounds {rounds}: it is 1 or more")
+
+
+def _print_result(result: bench.Result, *, as_json: bool) -> None:
     if as_json:
-        _print_json(dataclasses.asdict(result))
+        print_json(dataclasses.asdict(result))
         return
     table = Table("Measure", "Value", "Ratio", "Goal", "", box=None, pad_edge=False)
     for row in result.rows:

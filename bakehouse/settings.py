@@ -65,6 +65,13 @@ class Settings(BaseModel):
     elements: list[Folder] = Field(
         default=[], description="Folders with elements of the site; they come before Bakehouse's own."
     )
+    image_tests: list[Folder] = Field(
+        default=[], description="Folders with testinfra suites of the site; `invoke verify` asks them too."
+    )
+    broker: Folder = Field(
+        default=Path("/etc/bakehouse/broker.yaml"),
+        description="The configuration of the join broker on this host, for `invoke join.token`.",
+    )
     mirror: Url | None = Field(
         default=None, description="Debian mirror to build from. Default: the one this host's apt uses."
     )
@@ -128,8 +135,8 @@ def load(environment: Mapping[str, str] = os.environ, start: Path | None = None)
     return yamlfile.check(Settings, _Given(document.path, data, document.lines, frozenset(given)))
 
 
-_FOLDERS = {"store", "cache"}
-_LISTS = {"manifests", "elements"}
+_FOLDERS = {"store", "cache", "broker"}
+_LISTS = {"manifests", "elements", "image_tests"}
 
 
 @dataclass(frozen=True)
@@ -169,7 +176,11 @@ def _find_file(environment: Mapping[str, str], start: Path) -> Path | None:
 
 
 def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
-    known = [PREFIX + name.upper() for name in Settings.model_fields] + [PREFIX + "CONFIG", PREFIX + "DEBUG"]
+    known = [PREFIX + name.upper() for name in Settings.model_fields] + [
+        PREFIX + "CONFIG",
+        PREFIX + "DEBUG",
+        PREFIX + "LIFELINE",
+    ]
     for name in environment:
         if name.startswith(PREFIX) and name not in known:
             raise BakehouseError(

@@ -41,7 +41,7 @@ JOIN_SECONDS = 900
 """Emulated on a busy host; with KVM it is ten."""
 
 COMMAND_SECONDS = 300
-TASK_MEMORY = 200
+TASK_MEMORY = 64
 """MiB that each job of the test of limits may use."""
 
 LIMITS = """
@@ -354,7 +354,7 @@ def ask(login: Login, suites: list[Path], record: Record, evidence: Path) -> lis
         done = subprocess.run(
             [
                 *login.prefix, sys.executable, "-m", "pytest", "-q", "--rootdir", OWN_SUITES, "-p", "no:cacheprovider",
-                "-W", "default", "-c", os.devnull, "-p", "tests.image.conftest", *suites,
+                "-W", "default", "-c", os.devnull, "-p", "bakehouse.suite", f"--confcutdir={OWN_SUITES}", *suites,
                 f"--hosts=ssh://{login.user}@{login.host}:{login.port}", f"--ssh-config={config}", "--sudo",
                 f"--record={folder / FILE_NAME}", f"--junitxml={report}",
             ],

@@ -108,7 +108,7 @@ def write(path: str, data: bytes, mode: int = 0o600, owner: str | None = None) -
     Raises:
         OSError: it cannot be written; nothing is left beside it then.
     """
-    temporary = f"{path}.{os.getpid()}.new"
+    temporary = path + ".new"  # one name: what a killed agent left there is written over and renamed by the next one
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     try:
         try:
@@ -122,7 +122,9 @@ def write(path: str, data: bytes, mode: int = 0o600, owner: str | None = None) -
         finally:
             os.close(descriptor)
         os.rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = path
         os.unlink(temporary)
         raise
     parent = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
@@ -642,7 +644,7 @@ class Status:
         self.data["updated"] = round(monotonic(), 3)
         try:
             folder(RUN)
-            temporary = f"{STATUS}.{os.getpid()}"
+            temporary = STATUS + ".new"
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), "w") as file:
                 os.fchmod(file.fileno(), 0o644)
                 json.dump(self.data, file)
@@ -1701,7 +1703,7 @@ def look_around(work: Join) -> None:
 
 def disk_trouble(error: OSError) -> tuple[str, str]:
     """Say in plain words why a file cannot be written."""
-    name = str(error.filename or "a file").replace(f".{os.getpid()}.new", "")
+    name = str(error.filename or "a file").removesuffix(".new")
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return f"the disk is full: {name} cannot be written", "df -h; df -i"
     if error.errno == errno.EROFS:

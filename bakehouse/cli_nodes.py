@@ -1,0 +1,443 @@
+"""What the tasks about nodes print: boot, verify, clusters, user-data, tokens. The doing is in the other modules."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import re
+import shlex
+import stat
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast, get_args
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bakehouse import demo, machine, network, sudo, timeline, userdata
+from bakehouse import token as tokens
+from bakehouse import verify as verification
+from bakehouse.errors import BakehouseError
+from bakehouse.machine import DataSource, Firmware
+from bakehouse.record import Record
+from bakehouse.run import Log
+from bakehouse.settings import Settings
+from bakehouse.slurm import Authentication
+from bakehouse.store import LocalStore
+from bakehouse.terminal import console, errors, open_site, parse_size, print_json
+from bakehouse.yamlfile import did_you_mean
+
+
+def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise BakehouseError(f"{flag} {value}: it is one of {', '.join(allowed)}{did_you_mean(value, [*allowed])}")
+    return value
+
+
+def _text_of(flag: str, name: str) -> str:
+    """Read a file that a flag names, or standard input for ``-``."""
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise BakehouseError(f"{flag} {name} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BakehouseError(f"{flag} {name} is not UTF-8 text: {error}") from error
+
+
+def _as_root(settings: Settings) -> None:
+    """Go on as root: end with the second run's status where we are not."""
+    status = sudo.again_as_root(settings)
+    if status is not None:
+        raise SystemExit(status)
+
+
+def verify(tag: str, *, firmware: str, verbose: bool, as_json: bool) -> None:
+    """Verify an image and print the result."""
+    settings, store, _ = open_site()
+    found = store.get(tag)
+    chosen = _firmware(found, firmware) if firmware else None
+    verification.needed(found)
+    _as_root(settings)
+    found = verified(found, settings, store, errors if as_json else console, firmware=chosen, verbose=verbose)
+    if as_json:
+        print_json(found.model_dump(mode="json")["verification"])
+    else:
+        _print_verification(found, store)
+    if found.verification and found.verification.result == "failed":
+        raise failure(found, store)
+
+
+def can_verify(record: Record) -> bool:
+    """Say whether images of its platform can be verified."""
+    try:
+        verification.needed(record)
+    except BakehouseError as error:
+        errors.print(f"not verified: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        return False
+    return True
+
+
+def verified(
+    record: Record,
+    settings: Settings,
+    store: LocalStore,
+    progress: Console,
+    *,
+    firmware: Firmware | None = None,
+    verbose: bool = False,
+) -> Record:
+    """Verify an image, as root. Return its record with the result."""
+    status = sudo.again_as_root(settings, ["verify", record.tag, *(["--verbose"] if verbose else [])])
+    if status is not None:
+        found = store.get(record.tag)
+        if found.verification is None:
+            raise BakehouseError(f"{record.tag} could not be verified", hint="what was said is above")
+        return found
+    suites = verification.Suites((verification.OWN_SUITES, *settings.image_tests))
+    probe = settings.cache / "kvm"
+    return verification.verify(record, store, probe, progress, firmware=firmware, suites=suites, verbose=verbose)
+
+
+def failure(record: Record, store: LocalStore) -> BakehouseError:
+    """Return the error for an image that failed."""
+    result = record.verification
+    assert result is not None
+    failed = [check for check in [*result.checks, *result.suite] if not check.passed]
+    log = "\n".join(f"{check.name}: {check.detail}" for check in failed)
+    folder = store.folder(record.tag) / verification.EVIDENCE
+    return BakehouseError(
+        f"{record.name} {record.tag} failed its verification and is marked so",
+        hint=f"console, journal and logs are in {folder}; `invoke verify {record.tag}` tries again",
+        log=log,
+    )
+
+
+def verdict(record: Record) -> str:
+    """Say in a few words how an image's verification ended."""
+    result = record.verification
+    if result is None:
+        return "-"
+    joined = result.timeline.seconds(timeline.JOINED) if result.timeline else None
+    return result.result + (f", joined after {joined:.0f} s ({result.accelerator})" if joined else "")
+
+
+def _print_verification(record: Record, store: LocalStore) -> None:
+    result = record.verification
+    assert result is not None
+    table = Table("", "What was tried", "Seconds", box=None, pad_edge=False)
+    table.columns[2].justify = "right"
+    marks = {True: "[green]✓[/]", False: "[bold red]✗[/]"}
+    for check in result.checks:
+        table.add_row(marks[check.passed], escape(check.name), f"{check.seconds:.1f}")
+    held = sum(check.passed for check in result.suite)
+    table.add_row("", f"[dim]{held} of {len(result.suite)} facts of the suites hold[/]", "")
+    console.print(table)
+    if result.timeline:
+        console.print()
+        timeline.show(console, result.timeline)
+    folder = store.folder(record.tag) / verification.EVIDENCE
+    colour = "green" if result.result == "passed" else "bold red"
+    console.print(f"\n[{colour}]{record.name} {record.tag} {result.result}[/], evidence in {folder}", soft_wrap=True)
+
+
+def show_timeline(tag: str, *, as_json: bool) -> None:
+    """Show the timeline of an image's verification."""
+    _, store, _ = open_site()
+    found = store.get(tag)
+    shown = found.verification.timeline if found.verification else None
+    if shown is None:
+        raise BakehouseError(f"{found.tag} has no timeline", hint=f"`invoke verify {found.tag}` makes one")
+    if as_json:
+        print_json(shown.model_dump(mode="json"))
+    else:
+        timeline.show(console, shown)
+
+
+def render_userdata(
+    *,
+    platform: str,
+    path: str,
+    node: str,
+    controllers: list[str],
+    authentication: str,
+    features: list[str],
+    hardware: str,
+    key_file: str,
+    broker: str,
+    ca: str,
+    token_file: str,
+    ssh_keys: list[str],
+    output: str,
+) -> None:
+    """Print user-data, or write it to a file that only its owner can read."""
+    given = {"--broker": broker, "--ca": ca, "--token-file": token_file}
+    lacking = [flag for flag, value in given.items() if not value]
+    if 0 < len(lacking) < len(given):
+        raise BakehouseError(
+            f"{' and '.join(flag for flag, value in given.items() if value)} without {' and '.join(lacking)}",
+            hint="a node needs the broker's address, its authority's certificate, and a token",
+        )
+    from_broker = None
+    if broker:
+        from_broker = userdata.Broker(broker, _text_of("--token-file", token_file).strip(), _text_of("--ca", ca))
+    join = userdata.Join(
+        tuple(controllers),
+        platform=platform,
+        path=path,
+        authentication=authentication,
+        node=node,
+        features=tuple(features),
+        hardware=userdata.read_hardware(hardware),
+        key=_bytes_of("--key-file", key_file) if key_file else None,
+        broker=from_broker,
+        ssh_keys=tuple(line for name in ssh_keys for line in _text_of("--ssh-key", name).splitlines() if line.strip()),
+    )
+    text = userdata.render(join)
+    if not output:
+        print(text, end="")
+        return
+    target = Path(output)
+    target.touch(mode=stat.S_IRUSR | stat.S_IWUSR)
+    target.chmod(stat.S_IRUSR | stat.S_IWUSR)
+    target.write_text(text, encoding="utf-8")
+    errors.print(f"wrote {output}, {len(text)} bytes, readable by you only", highlight=False, soft_wrap=True)
+
+
+def _bytes_of(flag: str, name: str) -> bytes:
+    try:
+        return Path(name).expanduser().read_bytes()
+    except OSError as error:
+        raise BakehouseError(f"{flag} {name} cannot be read: {error.strerror}") from error
+
+
+def join_token(*, platform: str, node: str, lifetime: str) -> None:
+    """Make a token and print it, alone: of the demo cluster's broker where one runs, else of this host's."""
+    settings, _, _ = open_site()
+    _one_of("--platform", platform, ("slurm",))
+    if _is_demo(platform, settings):
+        _as_root(settings)
+        with _log() as log:
+            print(demo.get(platform).attach(log).broker.offer(node, lifetime=lifetime).token)
+        return
+    seconds = tokens.lifetime_seconds(lifetime)
+    print(tokens.create(_state(settings), platform=platform, node=node, lifetime_seconds=seconds))
+
+
+def _is_demo(platform: str, settings: Settings) -> bool:
+    return not settings.broker.exists() and demo.find(platform) is not None
+
+
+def _state(settings: Settings) -> Path:
+    if not settings.broker.exists():
+        raise BakehouseError(
+            f"there is no join broker here: {settings.broker} is not there",
+            hint="run this beside the broker (docs/join-broker.md), or `invoke cluster.up slurm` for one to try",
+        )
+    return tokens.state_of(settings.broker)
+
+
+def join_tokens(*, as_json: bool) -> None:
+    """List the tokens of this host's broker."""
+    settings, _, _ = open_site()
+    found = tokens.listing(_state(settings))
+    if as_json:
+        print_json([dataclasses.asdict(token) for token in found])
+        return
+    table = Table("Id", "Platform", "Node", "State", "Expires (UTC)", "Used from", box=None, pad_edge=False)
+    for token in found:
+        expires = datetime.datetime.fromtimestamp(token.expires, datetime.UTC)
+        table.add_row(
+            token.identity, token.platform, escape(token.node), token.status, f"{expires:%Y-%m-%d %H:%M}",
+            token.used_by or "-",
+        )  # fmt: skip
+    console.print(table)
+
+
+def join_revoke(which: str) -> None:
+    """Make tokens void."""
+    settings, _, _ = open_site()
+    for token in tokens.revoke(_state(settings), which):
+        console.print(f"revoked {token.identity} of {token.node}", highlight=False)
+
+
+def cluster_up(platform: str, *, image: str, authentication: str, accounting: bool) -> None:
+    """Make a cluster that runs on."""
+    settings, store, _ = open_site()
+    _one_of("cluster.up", platform, ("slurm",))
+    chosen = cast(Authentication, _one_of("--authentication", authentication, get_args(Authentication)))
+    found = store.get(image or platform)
+    verification.needed(found)
+    _as_root(settings)
+    with console.status("starting the controller"):
+        made = demo.up(found, store.image(found), chosen, accounting=accounting)
+    console.print(f"[green]A Slurm controller of {made.tag} runs[/] (process {made.keeper}).", highlight=False)
+    for line in (
+        "invoke boot slurm --join --name node-1       a node that joins it",
+        "invoke cluster.run 'sinfo'                   the cluster's own commands",
+        "invoke cluster.run 'srun hostname'",
+        "invoke cluster.down slurm                    ends all of it",
+    ):
+        console.print(f"  {line}", highlight=False)
+
+
+def cluster_down(platform: str) -> None:
+    """End a cluster."""
+    settings, _, _ = open_site()
+    demo.get(platform)
+    _as_root(settings)
+    ended = demo.down(platform)
+    console.print(f"The {ended.platform} cluster of {ended.tag} is gone.", highlight=False)
+
+
+def cluster_status(*, as_json: bool) -> None:
+    """Show the clusters that run."""
+    settings, _, _ = open_site()
+    found = [made for platform in ("slurm",) if (made := demo.find(platform))]
+    if as_json:
+        print_json([dataclasses.asdict(made) for made in found])
+        return
+    if not found:
+        console.print("No cluster runs here. Make one: [bold]invoke cluster.up slurm[/]")
+        return
+    _as_root(settings)
+    with _log() as log:
+        for made in found:
+            cluster = made.attach(log)
+            console.print(
+                f"[bold]{made.platform}[/] of {made.tag} since {made.since}, {made.authentication}, controller "
+                f"{cluster.controller.address}, join broker {cluster.broker.url}",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+            for name, state in cluster.controller.states().items():
+                console.print(f"  {name:20} {state}", highlight=False)
+
+
+def cluster_run(command: str, *, platform: str) -> None:
+    """Run a command on a cluster's controller and pass on its output."""
+    settings, _, _ = open_site()
+    made = demo.get(platform)
+    _as_root(settings)
+    with _log() as log:
+        done = made.attach(log).controller.run("sh", "-c", command, timeout=3600)
+    sys.stdout.write(done.stdout)
+    sys.stderr.write(done.stderr)
+    if done.returncode != 0:
+        raise BakehouseError(f"the command ended with status {done.returncode}")
+
+
+@contextlib.contextmanager
+def _log() -> Iterator[Log]:
+    """Give a log that nobody reads: these tasks are over at once."""
+    with tempfile.NamedTemporaryFile(prefix="bakehouse-", suffix=".log") as file:
+        log = Log(Path(file.name))
+        try:
+            yield log
+        finally:
+            log.close()
+
+
+def _firmware(found: Record, firmware: str) -> Firmware:
+    chosen = cast(Firmware, _one_of("--firmware", firmware, get_args(Firmware)))
+    if chosen not in found.firmware:
+        raise BakehouseError(
+            f"{found.tag} does not boot under {firmware.upper()}, only {' and '.join(found.firmware).upper()}",
+            hint="its manifest's disk.firmware says so",
+        )
+    return chosen
+
+
+def boot(
+    tag: str,
+    *,
+    firmware: str,
+    memory: str,
+    cpus: int,
+    disk: str,
+    key: str,
+    user_data: str,
+    timeout: int,
+    execute: str,
+    data_source: str,
+    name: str,
+    join: bool,
+) -> None:
+    """Boot an image, show its console, and stop it cleanly."""
+    settings, store, cache = open_site()
+    found = store.get(tag)
+    chosen = _firmware(found, firmware)
+    source = cast(DataSource, _one_of("--data-source", data_source, get_args(DataSource)))
+    private = Path(key).expanduser() if key else None
+    if private and not private.is_file():
+        raise BakehouseError(f"--key {key} is not a file", hint="name the private key; the public one is beside it")
+    if join and user_data:
+        raise BakehouseError("--join and --user-data", hint="--join makes the user-data itself")
+    data = _text_of("--user-data", user_data) if user_data else ""
+    with contextlib.ExitStack() as stack:
+        place = None
+        if join or source == "metadata":
+            if join:
+                demo.get(found.platform)
+            _as_root(settings)
+            log = stack.enter_context(_log())
+            if join:
+                cluster = demo.get(found.platform).attach(log)
+                place, data = cluster.network, userdata.render(cluster.join(name or found.name))
+            else:
+                place = stack.enter_context(network.up(log))
+        running = stack.enter_context(machine.boot(
+            store.image(found), probe=cache.kvm, firmware=chosen, cpus=cpus, key=private, user_data=data,
+            hostname=name or found.name, data_source=source, network=place,
+            memory=parse_size(memory, "--memory") >> 20, disk_size=parse_size(disk, "--disk") if disk else 0,
+        ))  # fmt: skip
+        how = "KVM" if running.accelerator == "kvm" else "emulation (KVM does not work here), so a boot takes a minute"
+        errors.print(f"Booting {found.tag} under {firmware.upper()} with {how}. Ctrl-C stops it.", highlight=False)
+        try:
+            if execute:
+                _execute(running, execute, timeout)
+            else:
+                _attend(running, timeout)
+        except KeyboardInterrupt:
+            errors.print("\nStopping the machine (Ctrl-C again: switch it off) ...")
+        finally:
+            clean = running.stop()
+            errors.print("Stopped cleanly." if clean else "Switched off.")
+
+
+def _execute(running: machine.Machine, command: str, timeout: float) -> None:
+    """Run one command in a machine and pass on its output."""
+    running.wait_for_ssh(timeout)
+    done = running.ssh(command, timeout=timeout)
+    sys.stdout.write(done.stdout)
+    sys.stderr.write(done.stderr)
+    if done.returncode != 0:
+        raise BakehouseError(f"the command ended with status {done.returncode}")
+
+
+def _attend(running: machine.Machine, timeout: float) -> None:
+    """Show a machine's console until it ends."""
+    threading.Thread(target=_follow, args=(running,), daemon=True).start()
+    running.wait_for_ssh(timeout)
+    errors.print(f"\n[bold green]Up after {time.monotonic() - running.started:.0f} s.[/]")
+    command = escape(shlex.join(running.login.command))
+    errors.print(f"Log in from another terminal:\n  {command}\n", highlight=False, soft_wrap=True)
+    while running.running:
+        time.sleep(0.5)
+    errors.print("The machine switched itself off.")
+
+
+def _follow(running: machine.Machine) -> None:
+    """Copy a machine's console to ours, to its end."""
+    with running.console.path.open("rb") as file:
+        while (piece := file.read(4096)) or running.running:
+            if piece:
+                # Questions to the terminal (where is the cursor?) would have it answer into the user's shell.
+                sys.stdout.buffer.write(re.sub(rb"\x1b\[\d*n", b"", piece))
+                sys.stdout.flush()
+            else:
+                time.sleep(0.1)

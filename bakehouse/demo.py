@@ -1,0 +1,196 @@
+"""A cluster that outlives the command that made it: ``invoke cluster.up``, to play with on a laptop."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from platformdirs import user_state_path
+
+from bakehouse import REPOSITORY, cluster, waiting
+from bakehouse.cache import write_atomically
+from bakehouse.cluster import Cluster
+from bakehouse.errors import BakehouseError
+from bakehouse.record import Record
+from bakehouse.run import Log, ending_on_sigterm
+from bakehouse.slurm import Authentication
+
+UP_SECONDS = 120
+DOWN_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A cluster that runs."""
+
+    platform: str
+    tag: str
+    """The image whose root the controller runs from."""
+    authentication: str
+    keeper: int
+    """The process that keeps it."""
+    keeper_started: int
+    """When that started, in ticks since the host's boot (proc(5)): process numbers are used again."""
+    network: int
+    """The process that keeps its network (Network.pid)."""
+    since: str
+
+    @property
+    def running(self) -> bool:
+        """Whether it is still there."""
+        return _started(self.keeper) == self.keeper_started
+
+    def attach(self, log: Log) -> Cluster:
+        """Return it, to work with."""
+        return cluster.attach(self.network, log)
+
+
+def folder() -> Path:
+    """Return where clusters note that they are there."""
+    return user_state_path("bakehouse") / "clusters"
+
+
+def find(platform: str) -> Demo | None:
+    """Return the cluster that runs, and forget one that was killed."""
+    note = folder() / f"{platform}.json"
+    try:
+        found = Demo(**json.loads(note.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    if not found.running:
+        note.unlink(missing_ok=True)
+        return None
+    return found
+
+
+def get(platform: str) -> Demo:
+    """Return the cluster that runs.
+
+    Raises:
+        BakehouseError: there is none.
+    """
+    found = find(platform)
+    if found is None:
+        raise BakehouseError(f"no {platform} cluster runs here", hint=f"`invoke cluster.up {platform}` makes one")
+    return found
+
+
+def up(record: Record, image: Path, authentication: Authentication, *, accounting: bool) -> Demo:
+    """Make a cluster and leave it running.
+
+    Args:
+        record: the image.
+        image: its file.
+        authentication: munge, or slurm for Slurm's own auth/slurm.
+        accounting: with a database of jobs.
+
+    Raises:
+        BakehouseError: there is one already, or it does not come up.
+    """
+    there = find(record.platform)
+    if there:
+        raise BakehouseError(
+            f"a {record.platform} cluster of {there.tag} runs already", hint=f"`invoke cluster.down {record.platform}`"
+        )
+    folder().mkdir(parents=True, exist_ok=True)
+    log = folder() / f"{record.platform}.log"
+    log.unlink(missing_ok=True)
+    command: list[str | Path] = [
+        sys.executable, "-m", "bakehouse.demo", record.platform, record.tag, image, authentication, log,
+        *(["--accounting"] if accounting else []),
+    ]  # fmt: skip
+    said = folder() / f"{record.platform}.err"
+    with said.open("wb") as errors:
+        keeper = subprocess.Popen(
+            command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, start_new_session=True
+        )
+
+    def ended() -> None:
+        if keeper.poll() is not None:
+            raise BakehouseError("the cluster does not come up", log=said.read_text()[-3000:], hint=f"see {log}")
+
+    try:
+        waiting.until("cluster", lambda: find(record.platform) is not None, UP_SECONDS, poll=0.1, check=ended)
+    except BaseException:
+        keeper.terminate()
+        raise
+    return get(record.platform)
+
+
+def down(platform: str) -> Demo:
+    """End a cluster and all that is in it. Return what it was.
+
+    Raises:
+        BakehouseError: there is none.
+    """
+    found = get(platform)
+    os.kill(found.keeper, signal.SIGTERM)
+    try:
+        waiting.until("end of the cluster", lambda: not found.running, DOWN_SECONDS, poll=0.1)
+    except BakehouseError:
+        # The kernel takes back what it kept.
+        os.kill(found.keeper, signal.SIGKILL)
+    for name in ("json", "err", "log"):
+        (folder() / f"{platform}.{name}").unlink(missing_ok=True)
+    return found
+
+
+def _started(pid: int) -> int:
+    """Return when a process started, in ticks since the host's boot; -1 where there is none or it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return -1
+    return -1 if fields[0] in "ZX" else int(fields[19])
+
+
+def keep(platform: str, tag: str, image: Path, authentication: Authentication, log: Log, *, accounting: bool) -> None:
+    """Keep a cluster until SIGTERM comes."""
+    note = folder() / f"{platform}.json"
+    with cluster.up(image, log, authentication=authentication) as made:
+        if accounting:
+            pass
+        made.controller.start()
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        pid = os.getpid()
+        found = Demo(platform, tag, authentication, pid, _started(pid), made.network.pid, now)
+        write_atomically(note, json.dumps(asdict(found)))
+        try:
+            while True:
+                time.sleep(3600)
+        finally:
+            note.unlink(missing_ok=True)
+
+
+def main() -> int:
+    """Keep a cluster; started by up()."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("platform")
+    parser.add_argument("tag")
+    parser.add_argument("image", type=Path)
+    parser.add_argument("authentication", choices=["munge", "slurm"])
+    parser.add_argument("log", type=Path)
+    parser.add_argument("--accounting", action="store_true")
+    given = parser.parse_args()
+    try:
+        with ending_on_sigterm():
+            keep(
+                given.platform, given.tag, given.image, given.authentication, Log(given.log),
+                accounting=given.accounting,
+            )  # fmt: skip
+    except BakehouseError as error:
+        print(error.log, error, sep="\n", file=sys.stderr)  # noqa: T201 - up() shows it
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
