@@ -280,7 +280,7 @@ def _cluster_up(
     cli_nodes.cluster_up(platform, image=image, authentication=authentication, accounting=accounting)
 
 
-def _cluster_down(_context: Context, platform: str = "slurm") -> None:
+def _cluster_down(_context: Context, platform: str) -> None:
     """End the cluster of cluster.up and all that is in it.
 
     Example: invoke cluster.down slurm

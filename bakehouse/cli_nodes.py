@@ -275,7 +275,7 @@ def cluster_up(platform: str, *, image: str, authentication: str, accounting: bo
     verification.needed(found)
     _as_root(settings)
     with console.status("starting the controller"):
-        made = demo.up(found, store.image(found), chosen, accounting=accounting)
+        made = demo.up(found, store.image(found), chosen, settings.mirrors() if accounting else None)
     console.print(f"[green]A Slurm controller of {made.tag} runs[/] (process {made.keeper}).", highlight=False)
     for line in (
         "invoke boot slurm --join --name node-1       a node that joins it",

@@ -32,8 +32,9 @@ OPTIONS = [
 class Container:
     """A running container. Made by boot()."""
 
-    def __init__(self, network: Network, port: Port, root: Path) -> None:
+    def __init__(self, network: Network, port: Port, root: Path, hostname: str) -> None:
         self.network = network
+        self.hostname = hostname
         self.port = port
         self.root = root
         """Its root, in the network's place."""
@@ -64,8 +65,10 @@ class Container:
 
     def power_on(self) -> None:
         """Boot."""
-        command = ["systemd-nspawn", *OPTIONS, f"--directory={self.root}", f"--machine={self.name}",
-                   f"--network-namespace-path=/run/netns/{self.name}"]  # fmt: skip
+        command = [
+            "systemd-nspawn", *OPTIONS, f"--directory={self.root}", f"--machine={self.name}",
+            f"--hostname={self.hostname}", f"--network-namespace-path=/run/netns/{self.name}",
+        ]  # fmt: skip
         # A host with both versions of cgroups would give it the first otherwise.
         unified = {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
         self._process = self.network.start(command, self._console, unified)
@@ -171,6 +174,7 @@ def boot(
     *,
     files: Mapping[str, tuple[str, int]] | None = None,
     layer: str = "50%",
+    hostname: str = "",
 ) -> Iterator[Container]:
     """Boot a container of an image's root. It ends with the block, and what it wrote is thrown away.
 
@@ -179,14 +183,14 @@ def boot(
         image_root: a mounted image (Network.mount_image).
         name: the node's name.
         files: by path, texts and modes to write before it boots.
+        hostname: another host name than the node's.
         layer: the size of what it may write, in the words of tmpfs(5).
     """
     port = network.port(name)
     network.add_namespace(port)
     root = network.writable_copy(image_root, name, size=layer)
-    made = Container(network, port, root)
-    # systemd-nspawn gives it this name; the image has none.
-    for path, (text, mode) in {"/etc/hostname": (f"{name}\n", 0o644), **(files or {})}.items():
+    made = Container(network, port, root, hostname or name)
+    for path, (text, mode) in (files or {}).items():
         made.write(path, text, mode)
     made.power_on()
     try:

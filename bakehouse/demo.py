@@ -15,7 +15,7 @@ from pathlib import Path
 
 from platformdirs import user_state_path
 
-from bakehouse import REPOSITORY, cluster, waiting
+from bakehouse import REPOSITORY, accounting, cluster, waiting
 from bakehouse.cache import write_atomically
 from bakehouse.cluster import Cluster
 from bakehouse.errors import BakehouseError
@@ -23,7 +23,8 @@ from bakehouse.record import Record
 from bakehouse.run import Log, ending_on_sigterm
 from bakehouse.slurm import Authentication
 
-UP_SECONDS = 120
+UP_SECONDS = 300
+"""With accounting, which is installed first."""
 DOWN_SECONDS = 30
 
 
@@ -83,14 +84,14 @@ def get(platform: str) -> Demo:
     return found
 
 
-def up(record: Record, image: Path, authentication: Authentication, *, accounting: bool) -> Demo:
+def up(record: Record, image: Path, authentication: Authentication, mirrors: tuple[str, str] | None = None) -> Demo:
     """Make a cluster and leave it running.
 
     Args:
         record: the image.
         image: its file.
         authentication: munge, or slurm for Slurm's own auth/slurm.
-        accounting: with a database of jobs.
+        mirrors: archive and security archive to install accounting from; without accounting if there are none.
 
     Raises:
         BakehouseError: there is one already, or it does not come up.
@@ -105,7 +106,7 @@ def up(record: Record, image: Path, authentication: Authentication, *, accountin
     log.unlink(missing_ok=True)
     command: list[str | Path] = [
         sys.executable, "-m", "bakehouse.demo", record.platform, record.tag, image, authentication, log,
-        *(["--accounting"] if accounting else []),
+        *(["--accounting", record.release, *mirrors] if mirrors else []),
     ]  # fmt: skip
     said = folder() / f"{record.platform}.err"
     with said.open("wb") as errors:
@@ -152,12 +153,16 @@ def _started(pid: int) -> int:
     return -1 if fields[0] in "ZX" else int(fields[19])
 
 
-def keep(platform: str, tag: str, image: Path, authentication: Authentication, log: Log, *, accounting: bool) -> None:
-    """Keep a cluster until SIGTERM comes."""
+def keep(
+    platform: str, tag: str, image: Path, authentication: Authentication, log: Log, release: str, *mirrors: str
+) -> None:
+    """Keep a cluster until SIGTERM comes. The rest is as for up()."""
     note = folder() / f"{platform}.json"
     with cluster.up(image, log, authentication=authentication) as made:
-        if accounting:
-            pass
+        if mirrors:
+            accounting.install(made.controller, release, (mirrors[0], mirrors[1]))
+            made.controller.start_munge()
+            accounting.start(made.controller)
         made.controller.start()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         pid = os.getpid()
@@ -178,14 +183,11 @@ def main() -> int:
     parser.add_argument("image", type=Path)
     parser.add_argument("authentication", choices=["munge", "slurm"])
     parser.add_argument("log", type=Path)
-    parser.add_argument("--accounting", action="store_true")
+    parser.add_argument("--accounting", nargs=3, metavar=("RELEASE", "MIRROR", "SECURITY_MIRROR"), default=[""])
     given = parser.parse_args()
     try:
         with ending_on_sigterm():
-            keep(
-                given.platform, given.tag, given.image, given.authentication, Log(given.log),
-                accounting=given.accounting,
-            )  # fmt: skip
+            keep(given.platform, given.tag, given.image, given.authentication, Log(given.log), *given.accounting)
     except BakehouseError as error:
         print(error.log, error, sep="\n", file=sys.stderr)  # noqa: T201 - up() shows it
         return 1

@@ -105,8 +105,10 @@ class Manifest(BaseModel):
         "the defaults.",
     )
     description: str = Field(default="", description="What the image is for, for people.")
-    platform: Literal["slurm", "kubernetes", "roce"] | None = Field(
-        default=None, description="What a node becomes. A manifest without it only serves as a base for others."
+    platform: Literal["slurm", "kubernetes", "roce", "base"] | None = Field(
+        default=None,
+        description="What a node becomes; base: no member of a cluster, what bootstrap and hybrid start from. A "
+        "manifest without it only serves as a base for others.",
     )
     distribution: Literal["debian"] = Field(default="debian", description="The distribution.")
     release: Release | None = Field(default=None, description="The release, by code name or number.")

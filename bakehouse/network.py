@@ -28,6 +28,7 @@ METADATA = ipaddress.IPv4Address("169.254.169.254")
 """Where clouds serve metadata (OpenStack's administration guide, metadata service)."""
 
 FIRST, LAST = 10, 250
+REAP_SECONDS = 20
 BRIDGE = "br0"
 DOMAIN = "bakehouse.test"
 FOLDER = Path("/run/bakehouse")
@@ -71,6 +72,7 @@ class Network:
         self.pid = pid
         self.log = log
         self.mtu = mtu
+        self._started: list[subprocess.Popen[bytes]] = []
 
     @property
     def only_network(self) -> list[str]:
@@ -107,11 +109,18 @@ class Network:
         words = [str(word) for word in command]
         self.log.write(f"$ {' '.join(words)} &")
         with self.path(output).open("ab") as file:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [*self.everything, *words],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                 env=run.build_environment(environment or {}), start_new_session=True,
             )  # fmt: skip
+        self._started.append(process)
+        return process
+
+    def reap(self) -> None:
+        """Wait for the end of what was started, after the place has ended."""
+        for process in self._started:
+            process.wait(REAP_SECONDS)
 
     def port(self, name: str) -> Port:
         """Reserve a place for a machine: the same name gets the same address.
@@ -263,7 +272,11 @@ def up(log: Log, *, mtu: int = 1500) -> Iterator[Network]:
             ],
             FOLDER / "dnsmasq.log",
         )  # fmt: skip
-        yield made
+        try:
+            yield made
+        finally:
+            place.close()
+            made.reap()
 
 
 def _root_start(raw: Path) -> int:

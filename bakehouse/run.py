@@ -168,6 +168,10 @@ class Isolation:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all that runs in the place, and the place."""
         self._stack.close()
 
     @property

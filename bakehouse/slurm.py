@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +37,7 @@ SelectTypeParameters=CR_CPU_Memory
 DefMemPerCPU=100
 {authentication}
 {tasks}
-{accounting}
+AccountingStorageType=accounting_storage/none
 StateSaveLocation=/var/spool/slurmctld
 SlurmdSpoolDir=/var/spool/slurmd
 SlurmctldPidFile=/run/slurmctld.pid
@@ -115,7 +116,7 @@ class Controller:
             self.network.run(command)
         text = SLURM_CONF.format(
             name=NAME, address=GATEWAY, port=PORT, authentication=AUTHENTICATION[self.authentication],
-            tasks=LIMITED if cgroups else UNLIMITED, accounting="AccountingStorageType=accounting_storage/none",
+            tasks=LIMITED if cgroups else UNLIMITED,
         )  # fmt: skip
         self.write("etc/slurm/slurm.conf", text)
         self.write("etc/slurm/cgroup.conf", CGROUP_CONF if cgroups else "CgroupPlugin=disabled\n")
@@ -167,35 +168,53 @@ class Controller:
             )
         return done
 
+    def replace_in_configuration(self, before: str, after: str) -> None:
+        """Change slurm.conf, which nodes get too."""
+        text = self.path("etc/slurm/slurm.conf").read_text()
+        assert before in text
+        self.write("etc/slurm/slurm.conf", text.replace(before, after))
+
+    def start_munge(self) -> None:
+        """Start munged, where it is used and does not run yet.
+
+        Raises:
+            BakehouseError: it does not come up.
+        """
+        if self.authentication == "munge" and "munged" not in self._daemons:
+            become = ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "--"]
+            self.daemon("munged", [*become, "/usr/sbin/munged", "--foreground"])
+            self._wait("munged", lambda: self.path("run/munge/munge.socket.2").exists())
+
     def start(self) -> None:
         """Start munged, if it is used, and slurmctld; wait until it answers.
 
         Raises:
             BakehouseError: it does not answer.
         """
-        if self.authentication == "munge" and "munged" not in self._daemons:
-            self._daemon("munged", ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "--",
-                                    "/usr/sbin/munged", "--foreground"])  # fmt: skip
-            self._wait("munged", lambda: self.path("run/munge/munge.socket.2").exists())
+        self.start_munge()
         # slurmctld compares the host's name with slurm.conf.
         script = f"hostname {NAME}; exec /usr/sbin/slurmctld -D"
-        self._daemon("slurmctld", ["unshare", "--uts", "sh", "-c", script])
-        self._wait("slurmctld", lambda: self.run("scontrol", "ping").stdout.find(" is UP") > 0)
+        self.daemon("slurmctld", ["unshare", "--uts", "sh", "-c", script])
+        self._wait("slurmctld", lambda: " is UP" in self.run("scontrol", "ping").stdout)
 
-    def _daemon(self, name: str, command: list[str]) -> None:
-        # Daemons run as a shell would start them in the root: the log is a file of the place.
-        full = ["chroot", str(self.root), *command]
-        self._daemons[name] = self.network.start(full, FOLDER / f"{name}.log")
+    def daemon(self, name: str, command: list[str]) -> None:
+        """Start a daemon in the controller's root. What it says is in log()."""
+        self._daemons[name] = self.network.start(["chroot", self.root, *command], FOLDER / f"{name}.log")
 
-    def _wait(self, name: str, fact: object) -> None:
-        def check() -> None:
-            if self._daemons[name].poll() is not None:
-                raise BakehouseError(f"{name} ended", log=self.log(name)[-3000:])
+    def must_run(self, name: str) -> None:
+        """Raise where a daemon has ended.
 
-        assert callable(fact)
+        Raises:
+            BakehouseError: it has.
+        """
+        if self._daemons[name].poll() is not None:
+            raise BakehouseError(f"{name} ended", log=self.log(name)[-3000:])
+
+    def _wait(self, name: str, fact: Callable[[], bool]) -> None:
         waiting.until(
-            f"answer from {name}", fact, START_SECONDS, poll=0.1, check=check, last_words=lambda: self.log(name)[-3000:]
-        )
+            f"answer from {name}", fact, START_SECONDS, poll=0.1,
+            check=lambda: self.must_run(name), last_words=lambda: self.log(name)[-3000:],
+        )  # fmt: skip
 
     def stop(self, *, keep_munge: bool = True) -> None:
         """Stop slurmctld, as a crash would: nodes lose it."""

@@ -18,6 +18,8 @@ from bakehouse.record import Record
 from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
 
+pytest_plugins = ["bakehouse.harness"]
+
 FAKES = REPOSITORY / "tests" / "fakes"
 
 

@@ -43,7 +43,6 @@ CLOUD_LOGS = (ROOT + "/var/log/cloud-init.log", ROOT + "/var/log/cloud-init-outp
 
 DONE, NOT_YET, INVALID, REFUSED, NEVER_RAN = 0, 1, 2, 3, 4
 
-MOMENTS = "started configured network secret controller services registered joined waiting failed left".split()
 UNSETTLED_NAMES = {"", "(none)", "localhost", "debian"}
 SETTLING = 3.0  # seconds for which a host name must stay the same
 QUIET = 3.0  # seconds after slurmd's start within which nothing is wrong yet
@@ -199,7 +198,9 @@ def run(*command: str, timeout: float = 15.0, environment: dict[str, str] | None
     reader, writer = os.pipe()
     try:
         actions = [(os.POSIX_SPAWN_DUP2, writer, 1), (os.POSIX_SPAWN_DUP2, writer, 2)]
-        process = os.posix_spawnp(command[0], command, variables, file_actions=actions, setpgroup=0)
+        process = os.posix_spawnp(
+            command[0], command, variables, file_actions=actions, setpgroup=0, setsigdef=[signal.SIGPIPE]
+        )
     except OSError as error:
         os.close(reader)
         return 127, f"{command[0]}: {error.strerror}"
@@ -582,9 +583,11 @@ class Status:
         }  # fmt: skip
         self.said = ""
 
-    def moment(self, name: str, detail: str = "") -> None:
-        """A level is reached: note when, the first time."""
+    def moment(self, name: str, detail: str = "", again: bool = False) -> None:
+        """A level is reached: note when, the first time, and say so; with ``again`` the next times too."""
         if any(name == known for known, _ in self.data["timeline"]):
+            if again:
+                self.say(name, detail)
             return
         now = monotonic()
         self.data["timeline"].append([name, round(now, 3)])
@@ -1196,7 +1199,7 @@ class Slurm:
         self.config, self.node = config, node
         self.key = Key(config.authentication)
         self.controllers = ",".join(written(*address) for address in config.controllers)
-        self.restarted = 0.0
+        self.restarted = float("-inf")
 
     def environment_file(self) -> bytes:
         """Return what slurmd's unit reads. Each value reaches slurmd as one word (systemd.service(5), ${...})."""
@@ -1256,17 +1259,19 @@ class Slurm:
         Raises:
             Wait: another node with this name is alive.
         """
-        wanted, key = self.environment_file(), signature(self.key.path)
-        unchanged = read(RUN + "/slurmd.env") == wanted and (read(RUN + "/slurmd-key") or b"").decode() == key
-        running = self.pid()
+        wanted, state = self.environment_file(), f"{address} {signature(self.key.path)}"
+        unchanged = read(RUN + "/slurmd.env") == wanted and (read(RUN + "/slurmd-state") or b"").decode() == state
+        if unchanged and monotonic() - self.restarted < QUIET:
+            return  # asking systemd each time would take the time that slurmd needs
+        running = bool(self.pid())
         if unchanged and running:
             return
         before = ""
-        if self.key.munge:  # Slurm's own authentication answers only beside a running slurmd
-            before = self.make_room(address)
+        if self.key.munge or running:  # Slurm's own authentication answers only beside a running slurmd
+            before = self.make_room(address, running)
         write_run("slurmd.env", wanted.decode())
         self.restart(before, "restart" if running else "start")
-        write_run("slurmd-key", key)
+        write_run("slurmd-state", state)
 
     def restart(self, before: str, verb: str = "restart") -> None:
         """Start slurmd anew. Jobs survive that: their steps are processes of their own (KillMode=process)."""
@@ -1277,7 +1282,7 @@ class Slurm:
             raise Wait(f"slurmd cannot be started: {last_line(said)}", "systemctl status slurmd")
         self.restarted = monotonic()
 
-    def make_room(self, address: str) -> str:
+    def make_room(self, address: str, running: bool) -> str:
         """Remove a node of this name that was here before and is not what we are. Returns its slurmd's start time.
 
         Raises:
@@ -1287,6 +1292,8 @@ class Slurm:
         if shown is None:
             return ""
         elsewhere = shown.address not in {address, self.node, ""} and resolves_to(shown.address) != address
+        if running and self.is_ours(shown):
+            elsewhere = False  # it is this node, which had another address or other features until now
         if elsewhere and shown.responds and shown.base not in {"DOWN", "FUTURE", "UNKNOWN"}:
             port = shown.values.get("Port", "6818")
             if shown.busy or answers(shown.address, int(port) if port.isdigit() else 6818):
@@ -1294,7 +1301,8 @@ class Slurm:
                     f"a node named {self.node} is alive at {shown.address}",
                     f"give one of them another name, or run bakehouse-agent leave at {shown.address}",
                 )
-        if "DYNAMIC_NORM" in shown.flags and not shown.drained and (elsewhere or self.differs(shown)):
+        replaceable = "DYNAMIC_NORM" in shown.flags and not shown.drained and (elsewhere or not shown.busy)
+        if replaceable and (elsewhere or self.differs(shown)):
             self.forget()
         return shown.started
 
@@ -1479,6 +1487,7 @@ class Join:
         self.loaded = ""
         self.slurm: Slurm | None = None
         self.joined = False
+        self.blocked = False  # users from the metadata service, in this run
 
     def changed(self) -> bool:
         """True if join.yaml is not the file that was read."""
@@ -1501,12 +1510,10 @@ class Join:
         """
         status = self.status.data
         if self.config is None or self.changed():
-            again, self.loaded, self.config, self.slurm = self.config, signature(self.path), None, None
+            self.loaded, self.config, self.slurm = signature(self.path), None, None
             self.config, _ = load(self.path)
-            if again:
-                self.status.say("configured", f"{self.path} has changed")
             status.update(platform=self.config.platform, controller="", faults=[])
-            self.status.moment("configured", f"{self.config.platform} {self.path}")
+            self.status.moment("configured", f"{self.config.platform} {self.path}", again=True)
         config = self.config
         if self.slurm is None:
             status["node"] = self.name.find(config)
@@ -1532,8 +1539,10 @@ class Join:
         """Start what Slurm needs and wait for the controller's word."""
         status = self.status.data
         self.status.moment("controller", status["controller"])
-        if source().get("source") == "inline":
-            block_metadata(self.status)
+        if not self.blocked or self.joined:
+            self.blocked = True
+            if source().get("source") == "inline":
+                block_metadata(self.status)
         try:
             slurm.munge()
             slurm.start(status["address"])
@@ -1551,7 +1560,7 @@ class Join:
         if not self.joined:
             self.joined = True
             data = self.status.data
-            self.status.moment("joined", f"{data['node']} at {data['controller']}")
+            self.status.moment("joined", f"{data['node']} at {data['controller']}", again=True)
         self.status.settled("joined")
         notify("READY=1")
 
@@ -1584,39 +1593,47 @@ def pause(seconds: float, changed: Callable[[], bool], deadline: float) -> None:
         time.sleep(min(0.5, left))
 
 
-def watch(changed: Callable[[], bool], seconds: float) -> None:
-    """Sleep until an address or the configuration changes, or the seconds are over.
+class Alarm:
+    """Sleeps until an address or the configuration changes.
 
     The agent stays, asleep: it hears of new addresses from the kernel (rtnetlink(7)) and of a new configuration by
     dnotify (fcntl(2), F_NOTIFY), without waking up a compute node every few seconds. Leaving this to timers and path
-    units would cost a start of Python each time, and a path unit cannot restart a service that waits.
+    units would cost a start of Python each time, and a path unit cannot restart a service that waits. What happens
+    while the agent works is kept for its next sleep.
     """
-    import fcntl
-    import select
-    import signal
-    import socket
 
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.signal(signal.SIGIO, lambda *_: None)
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    place = os.open(os.path.dirname(CONFIG), os.O_RDONLY | os.O_DIRECTORY)
-    kernel: socket.socket | None = None
-    try:
+    def __init__(self) -> None:
+        import fcntl
+        import signal
+        import socket
+
+        self.reader, self.writer = socket.socketpair()
+        self.kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+        self.longest = WATCH
+        for end in (self.reader, self.writer, self.kernel):
+            end.setblocking(False)
+        signal.signal(signal.SIGIO, lambda *_: None)
+        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+        self.folder = os.open(os.path.dirname(CONFIG), os.O_RDONLY | os.O_DIRECTORY)
+        events = fcntl.DN_MODIFY | fcntl.DN_CREATE | fcntl.DN_RENAME | fcntl.DN_MULTISHOT
         try:
-            fcntl.fcntl(place, fcntl.F_NOTIFY, fcntl.DN_MODIFY | fcntl.DN_CREATE | fcntl.DN_RENAME | fcntl.DN_ATTRIB)
-            kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
-            kernel.bind((0, 0x10 | 0x100))  # RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR
+            fcntl.fcntl(self.folder, fcntl.F_NOTIFY, events)
+            self.kernel.bind((0, 0x10 | 0x100))  # RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR
         except OSError:
-            seconds = min(seconds, 10.0)  # no such help here: look more often
-        if not changed():
-            select.select([reader, *([kernel] if kernel else [])], [], [], seconds)
-    finally:
-        signal.set_wakeup_fd(-1)
-        for thing in (reader, writer, kernel):
-            if thing:
-                thing.close()
-        os.close(place)
+            self.longest = 10.0  # no such help here: look more often
+
+    def sleep(self) -> None:
+        """Sleep, at most for about ``longest`` seconds. Returns a moment after a change, when it is complete."""
+        import select
+
+        if select.select([self.reader, self.kernel], [], [], self.longest * (0.75 + jitter() / 2))[0]:
+            time.sleep(0.2)
+        for end in (self.reader, self.kernel):
+            try:
+                while end.recv(65536):
+                    pass
+            except OSError:
+                pass  # all is read, or the kernel had more to say than fitted
 
 
 def locked(wait: bool = False) -> int | None:
@@ -1656,6 +1673,7 @@ def join(path: str = CONFIG, boot: bool = False, timeout: float = float("inf")) 
 def keep_joining(work: Join, boot: bool, deadline: float) -> int:
     """Make passes until the node is a member; with ``boot`` for ever."""
     attempt, waited_for = 0, ""
+    alarm: Alarm | None = None
     while True:
         try:
             work.once()
@@ -1666,7 +1684,9 @@ def keep_joining(work: Join, boot: bool, deadline: float) -> int:
             if not boot:
                 return DONE
             attempt, waited_for = 0, ""
-            watch(work.changed, WATCH * (0.75 + jitter() / 2))
+            alarm = alarm or Alarm()
+            if not work.changed():
+                alarm.sleep()
             look_around(work)
             continue
         except Wait as error:
@@ -1694,10 +1714,9 @@ def look_around(work: Join) -> None:
     """After a wake-up: has the address towards the controller changed?"""
     data = work.status.data
     address = own_address(data["controller"]) if data["controller"] else ""
-    if address and data["address"] and address != data["address"] and work.slurm:
+    if address and data["address"] and address != data["address"]:
         work.status.say("network", f"the address changed from {data['address']} to {address}")
         data["address"] = address
-        work.slurm.restart(f"{shown.started}" if (shown := work.slurm.show()) else "")
         work.joined = False
 
 
@@ -1842,7 +1861,7 @@ def status_lines(status: dict[str, Any]) -> Iterator[str]:
             yield f"  {name:11}  {status[key]}"
     if status["state"] == "waiting":
         left = max(0.0, status["updated"] + status["next_try"] - now)
-        yield f"  next try     in {left:.0f} s, after {status['attempt']}"
+        yield f"  next try     in {left:.0f} s, tried so far: {status['attempt']}"
     for fault in status.get("faults") or []:
         yield f"  fault        {fault}"
     for warning in status.get("warnings") or []:

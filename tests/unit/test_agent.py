@@ -442,7 +442,9 @@ def test_a_new_configuration_reaches_a_joined_node(node: Node) -> None:
     time.sleep(0.3)
     node.configure((node.root / "etc/bakehouse/join.yaml").read_text().replace("rack-7", "rack-8"))
     node.until(lambda _: "rack-8" in (node.root / "run/bakehouse/slurmd.env").read_text())
-    node.until(lambda _: "AvailableFeatures=bakehouse,bake,rack-8" in node.path("fake/node").read_text())
+    node.until(lambda _: "delete nodename=node-1" in node.log())
+    node.until(lambda _: (node.root / "fake/node").exists())
+    assert "AvailableFeatures=bakehouse,bake,rack-8" in (node.root / "fake/node").read_text()
 
 
 def test_a_full_disk_is_said_and_waited_out(node: Node, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
