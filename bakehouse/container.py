@@ -19,6 +19,7 @@ from bakehouse.errors import BakehouseError
 from bakehouse.network import FOLDER, Network, Port
 
 POLL_SECONDS = 0.1
+START_SECONDS = 30
 
 OPTIONS = [
     "--quiet", "--boot", "--register=no", "--keep-unit", "--console=pipe", "--kill-signal=SIGRTMIN+3",
@@ -72,6 +73,14 @@ class Container:
         # A host with both versions of cgroups would give it the first otherwise.
         unified = {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
         self._process = self.network.start(command, self._console, unified)
+        waiting.until(
+            f"start of {self.name}", lambda: self.leader() is not None, START_SECONDS, poll=POLL_SECONDS,
+            check=self._must_run, last_words=self.output,
+        )  # fmt: skip
+
+    def _must_run(self) -> None:
+        if not self.running:
+            raise BakehouseError(f"{self.name} does not start", log=self.output()[-2000:])
 
     def output(self) -> str:
         """Return what the console said so far."""
@@ -153,6 +162,8 @@ class Container:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(seconds)
         leader = self.leader()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         if leader is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(leader, signal.SIGKILL)

@@ -46,7 +46,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 @pytest.fixture
 def private_network(tmp_path: Path) -> Iterator[Network]:
     """Give a private network that ends with the test."""
-    with network.up(Log(tmp_path / "network.log")) as made:
+    with Log(tmp_path / "network.log") as log, network.up(log) as made:
         yield made
 
 

@@ -198,7 +198,7 @@ class Network:
         raw = image.with_name(f".{image.name}.{self.pid}.raw")
         try:
             self.run(["qemu-img", "convert", "-O", "raw", image, raw])
-            start = _root_start(raw)
+            start = _root_start(raw, image.name)
             self.run(["mkdir", "-p", target])
             self.run(["mount", "-o", f"loop,ro,noload,offset={start}", "-t", "ext4", raw, target])
         except run.CommandError as error:
@@ -279,8 +279,11 @@ def up(log: Log, *, mtu: int = 1500) -> Iterator[Network]:
             made.reap()
 
 
-def _root_start(raw: Path) -> int:
+def _root_start(raw: Path, name: str) -> int:
     """Return the first byte of the root partition, the last of an image that Bakehouse made."""
-    shown = subprocess.run(["sfdisk", "--json", str(raw)], capture_output=True, text=True, check=True).stdout
-    table = json.loads(shown)["partitiontable"]
-    return int(next(part["start"] for part in table["partitions"] if part.get("name") == "root")) * 512
+    shown = subprocess.run(["sfdisk", "--json", str(raw)], capture_output=True, text=True, check=False)
+    table = json.loads(shown.stdout)["partitiontable"] if shown.returncode == 0 else {}
+    start = next((part["start"] for part in table.get("partitions", ()) if part.get("name") == "root"), None)
+    if start is None:
+        raise BakehouseError(f"{name} has no partition named root", hint="images that Bakehouse baked have one")
+    return int(start) * 512

@@ -74,6 +74,12 @@ class Log:
         self._start = time.monotonic()
         self._file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def write(self, line: str) -> None:
         """Add a line."""
         line = redact(line.rstrip("\n"))

@@ -32,6 +32,7 @@ CONFIG = ROOT + "/etc/bakehouse/join.yaml"
 RUN = ROOT + "/run/bakehouse"
 STATUS = RUN + "/status.json"
 LOCK = RUN + "/agent.lock"
+FETCHED = RUN + "/fetched.key"
 STATE = ROOT + "/var/lib/bakehouse"
 LEFT = STATE + "/left"
 SECRET_SOURCE = STATE + "/secret.json"
@@ -759,9 +760,12 @@ def place_secret(config: Config, path: str, node: str) -> str:
         note_source("inline")
         done = "stored the key of join.yaml" if key.store(config.inline) else done
     elif config.broker and config.broker.token and not is_spent(config.broker.token, key.path):
-        found = fetch(config, config.broker, node)
+        found = kept_aside(config.broker.token) or fetch(config, config.broker, node)
+        # The token is spent: whatever happens on the way to the disk, the key must not be lost.
+        keep_aside(config.broker.token, found)
         note_source("broker", config.broker.token, found)
         key.store(found)
+        remove(FETCHED)
         done = "fetched the key from the broker"
     elif not os.path.exists(key.path):
         raise Wait(
@@ -792,6 +796,22 @@ def note_source(source: str, token: str = "", key: bytes = b"") -> None:
     data = json.dumps(known).encode()
     if read(SECRET_SOURCE) != data:
         write(SECRET_SOURCE, data)
+
+
+def keep_aside(token: str, key: bytes) -> None:
+    """Keep a fetched key in memory, for root only, until it is in its place: the disk may be full."""
+    import hashlib
+
+    write(FETCHED, hashlib.sha256(token.encode()).digest() + key)
+
+
+def kept_aside(token: str) -> bytes:
+    """Return the key that this token brought and that could not be stored; nothing where there is none."""
+    import hashlib
+
+    mark = hashlib.sha256(token.encode()).digest()
+    data = read(FETCHED) or b""
+    return data.removeprefix(mark) if data.startswith(mark) else b""
 
 
 def source() -> dict[str, str]:

@@ -34,7 +34,7 @@ def image(baked: Record, real_settings: Settings) -> Path:
 
 @pytest.fixture
 def slurm(image: Path, tmp_path: Path) -> Iterator[Cluster]:
-    with cluster.up(image, Log(tmp_path / "cluster.log")) as made:
+    with Log(tmp_path / "cluster.log") as log, cluster.up(image, log) as made:
         made.controller.start()
         yield made
 

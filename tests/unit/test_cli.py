@@ -295,7 +295,7 @@ def test_a_faulty_setting_stops_every_task(invoke: Tasks) -> None:
     ("words", "error"),
     [
         (["slurm"], "there is no image 'slurm'"),
-        (["20260101", "--firmware", "efi"], "--firmware efi: it is bios or uefi"),
+        (["20260101", "--firmware", "efi"], "--firmware efi: it is one of bios, uefi (did you mean 'uefi'?)"),
         (["20260101", "--firmware", "uefi"], "20260101-aaaaaaa does not boot under UEFI, only BIOS"),
         (["20260101", "--key", "/nothing"], "--key /nothing is not a file"),
         (["20260101"], "slurm.qcow2 is gone"),

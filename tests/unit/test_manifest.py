@@ -71,7 +71,7 @@ def written(tmp_path: Path) -> Manifests:
             "disk: {compression: zst}",
             "2: disk.compression: 'zst' is not one of zstd, zlib, none (did you mean 'zstd'?)",
         ),
-        ("platform: slrum", "2: platform: 'slrum' is not one of slurm, kubernetes, roce (did you mean 'slurm'?)"),
+        ("platform: slrum", "2: platform: 'slrum' is not one of slurm, kubernetes, roce, base (did you mean 'slurm'?)"),
         ("kernel: generics", "2: kernel: 'generics' is not one of cloud, generic (did you mean 'generic'?)"),
         ("distribution: ubuntu", "2: distribution: 'ubuntu' is not one of debian"),
         ("packages: munge", "2: packages: Input should be a valid list (it is 'munge')"),
