@@ -47,7 +47,8 @@ def again_as_root(settings: Settings, words: list[str] | None = None) -> int | N
             assert process.stdin is not None
             process.stdin.close()
             status = process.wait()
-    run.give_back(*(place for place in (settings.store, settings.cache) if place.exists()))
+    if written := [place for place in (settings.store, settings.cache) if place.exists()]:
+        run.give_back(*written)
     return status
 
 

@@ -32,7 +32,7 @@ CONFIG = ROOT + "/etc/bakehouse/join.yaml"
 RUN = ROOT + "/run/bakehouse"
 STATUS = RUN + "/status.json"
 LOCK = RUN + "/agent.lock"
-FETCHED = RUN + "/fetched.key"
+ASIDE = RUN + "/fetched.key"
 STATE = ROOT + "/var/lib/bakehouse"
 LEFT = STATE + "/left"
 SECRET_SOURCE = STATE + "/secret.json"
@@ -765,7 +765,7 @@ def place_secret(config: Config, path: str, node: str) -> str:
         keep_aside(config.broker.token, found)
         note_source("broker", config.broker.token, found)
         key.store(found)
-        remove(FETCHED)
+        remove(ASIDE)
         done = "fetched the key from the broker"
     elif not os.path.exists(key.path):
         raise Wait(
@@ -802,7 +802,7 @@ def keep_aside(token: str, key: bytes) -> None:
     """Keep a fetched key in memory, for root only, until it is in its place: the disk may be full."""
     import hashlib
 
-    write(FETCHED, hashlib.sha256(token.encode()).digest() + key)
+    write(ASIDE, hashlib.sha256(token.encode()).digest() + key)
 
 
 def kept_aside(token: str) -> bytes:
@@ -810,7 +810,7 @@ def kept_aside(token: str) -> bytes:
     import hashlib
 
     mark = hashlib.sha256(token.encode()).digest()
-    data = read(FETCHED) or b""
+    data = read(ASIDE) or b""
     return data.removeprefix(mark) if data.startswith(mark) else b""
 
 

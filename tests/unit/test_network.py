@@ -62,17 +62,19 @@ class Host:
     """This host as it was before the network."""
 
     def __init__(self) -> None:
-        self.mounts = self._mounts()
+        self.mounts, self.devices = self._mounts(), self._devices()
 
     def _mounts(self) -> set[str]:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
         return {line for line in lines if str(FOLDER) in line or "netns" in line}
 
+    def _devices(self) -> set[str]:
+        return {path.name for path in Path("/sys/class/net").iterdir()}
+
     def left(self, *pids: int) -> list[str]:
         """Return what is left of a network: processes, mounts, devices."""
         left = [f"process {pid}" for pid in pids if _runs(pid)]
-        left += sorted(self._mounts() - self.mounts)
-        return left + [name for name in ("br0", "port10") if Path("/sys/class/net", name).exists()]
+        return left + sorted((self._mounts() - self.mounts) | (self._devices() - self.devices))
 
     def until_clean(self, *pids: int) -> None:
         waiting.until("end", lambda: not self.left(*pids), 5, poll=0.01, last_words=lambda: str(self.left(*pids)))
@@ -149,7 +151,8 @@ def test_a_cable_is_pulled_and_put_back(place: Network) -> None:
     port, inside = plug(place, "node-1")
 
     def is_up() -> bool:
-        return json.loads(said([*inside, "ip", "--json", "link", "show", "host0"]))[0]["operstate"] == "UP"
+        (link,) = json.loads(said([*inside, "ip", "--json", "link", "show", "host0"]))
+        return bool(link["operstate"] == "UP")
 
     waiting.until("link", is_up, 5, poll=0.01)
     place.pull(port)
