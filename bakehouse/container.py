@@ -20,6 +20,8 @@ from bakehouse.network import FOLDER, Network, Port
 
 POLL_SECONDS = 0.1
 START_SECONDS = 30
+MANY_WATCHES = 2048
+"""systemd takes about five inotify instances in each container; a host has 128 by default."""
 
 OPTIONS = [
     "--quiet", "--boot", "--register=no", "--keep-unit", "--console=pipe", "--kill-signal=SIGRTMIN+3",
@@ -80,7 +82,11 @@ class Container:
 
     def _must_run(self) -> None:
         if not self.running:
-            raise BakehouseError(f"{self.name} does not start", log=self.output()[-2000:])
+            raise BakehouseError(
+                f"the container {self.name} does not start",
+                hint=f"with many of them: sysctl fs.inotify.max_user_instances={MANY_WATCHES}",
+                log=self.output()[-2000:],
+            )
 
     def output(self) -> str:
         """Return what the console said so far."""
@@ -203,10 +209,12 @@ def boot(
     made = Container(network, port, root, hostname or name)
     for path, (text, mode) in (files or {}).items():
         made.write(path, text, mode)
-    made.power_on()
     try:
+        made.power_on()
         yield made
     finally:
         made.power_off(clean=False)
+        # The kernel takes a link back some time after its namespace; its name may be wanted at once.
+        network.remove(port)
         network.run(["ip", "netns", "delete", name])
         network.drop_copy(name)

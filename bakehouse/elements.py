@@ -39,7 +39,8 @@ class Element:
     def files(self) -> dict[str, str]:
         """Return a digest of each file, by its path in the element: the content and whether it is executable.
 
-        A link that leads out of the element stands for the file that it leads to; any other is a file of the image.
+        A link that leads out of the element stands for the file that it leads to; any other is a file of the image, as
+        is one with an absolute path, whatever this host has there.
         """
         found = {}
         for path in sorted(self.path.rglob("*")):
@@ -49,7 +50,7 @@ class Element:
             if path.suffix in {".pyc", ".rst"} or path.name.endswith("~") or "__pycache__" in relative.parts:
                 continue
             leads_out = not path.resolve().is_relative_to(self.path.resolve())
-            if path.is_symlink() and not (leads_out and path.is_file()):
+            if path.is_symlink() and (path.readlink().is_absolute() or not (leads_out and path.is_file())):
                 content, kind = str(path.readlink()).encode(), "link"
             else:
                 content, kind = path.read_bytes(), "run" if os.access(path, os.X_OK) else "file"

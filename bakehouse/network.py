@@ -248,11 +248,9 @@ def up(log: Log, *, mtu: int = 1500) -> Iterator[Network]:
     """
     with Isolation(log, network=True) as place:
         commands: list[list[str | Path]] = [
-            ["mkdir", "-p", "/run/netns", FOLDER],
-            ["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", FOLDER],
-            # ip-netns(8) keeps its names here; ours must not be seen outside.
-            ["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run/netns"],
-            ["mkdir", FOLDER / "dhcp"],
+            # Names of namespaces, locks and sockets: ours must not be seen outside, nor stay.
+            ["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run"],
+            ["mkdir", "-p", "/run/netns", "/run/lock", FOLDER / "dhcp"],
             ["ip", "link", "set", "lo", "up"],
             ["ip", "link", "add", BRIDGE, "type", "bridge", "forward_delay", "0"],
             ["ip", "link", "set", BRIDGE, "mtu", str(mtu), "up"],

@@ -119,7 +119,7 @@ def wait_until_joined(one: Container, seconds: float = SECONDS) -> None:
 def wait_for_words(one: Container, words: str, seconds: float = SECONDS) -> dict[str, Any]:
     """Wait until the status says that it waits for something."""
     wait_for(
-        one, words, lambda said: re.search(words, f"{said.get('waiting_for')}", re.IGNORECASE) is not None, seconds
+        one, words, lambda said: re.search(words, said.get("waiting_for") or "", re.IGNORECASE) is not None, seconds
     )
     return status(one)
 
@@ -356,9 +356,8 @@ def test_a_node_of_the_same_name_that_lives_is_not_robbed(controller: Cluster) -
 def test_a_changed_address(controller: Cluster) -> None:
     with node(controller, "mover") as one:
         wait_until_joined(one)
-        one.shell(
-            "systemctl stop systemd-networkd.socket systemd-networkd; ip address flush dev host0; ip address add 10.77.0.251/24 dev host0"
-        )
+        one.shell("systemctl stop systemd-networkd.socket systemd-networkd; ip address flush dev host0")
+        one.shell("ip address add 10.77.0.251/24 dev host0")
         one.wait("new address", lambda: controller.controller.node("mover").get("NodeAddr") == "10.77.0.251", SECONDS)
         runs_jobs(controller, "mover")
 
@@ -416,9 +415,19 @@ def test_no_key_is_seen_by_others(controller: Cluster) -> None:
         assert searched == ""
 
 
+@pytest.fixture
+def many_watches() -> Iterator[None]:
+    setting = Path("/proc/sys/fs/inotify/max_user_instances")
+    before = setting.read_text()
+    setting.write_text(str(max(int(before), container.MANY_WATCHES)))
+    yield
+    setting.write_text(before)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("count", [30])
-def test_many_nodes_join_at_once(controller: Cluster, count: int) -> None:
+def test_many_nodes_join_at_once(controller: Cluster, many_watches: None, count: int) -> None:
+    """A storm: each boots while the others join."""
     names = [f"storm-{number:02}" for number in range(1, count + 1)]
     texts = {name: config(controller.join(name)) for name in names}
     with contextlib.ExitStack() as stack:
