@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bakehouse import REPOSITORY, cluster, host, machine, run, timeline, userdata
+from bakehouse import REPOSITORY, cluster, host, lock, machine, run, timeline, userdata
 from bakehouse.cluster import Cluster
 from bakehouse.errors import BakehouseError
 from bakehouse.machine import Login, Machine
@@ -56,6 +56,10 @@ echo "task $SLURM_PROCID cpus $(nproc) memory $limit"
 """What a task says of its limits: CPUs that it may use, and the nearest limit of memory above it (cgroups(7))."""
 
 
+class _FailedError(Exception):
+    """The image failed a check. Other errors are the host's, and say nothing of the image."""
+
+
 @dataclass
 class _Run:
     """What the steps of one verification share."""
@@ -66,7 +70,7 @@ class _Run:
 
     @contextmanager
     def check(self, name: str, stage: str) -> Iterator[None]:
-        """Time one check and note how it ended. One that fails ends the verification."""
+        """Time one check and note how it ended. One that fails ends the verification (_FailedError)."""
         start = time.monotonic()
         passed, detail = False, ""
         try:
@@ -75,10 +79,10 @@ class _Run:
             passed = True
         except BakehouseError as error:
             detail = "\n".join(part for part in (error.message, error.log) if part)
-            raise
+            raise _FailedError(error.message) from error
         except subprocess.TimeoutExpired as error:
             detail = f"no end within {error.timeout:.0f} s: {' '.join(map(str, error.cmd))}"
-            raise BakehouseError(detail) from error
+            raise _FailedError(detail) from error
         finally:
             seconds = round(time.monotonic() - start, 3)
             self.checks.append(Check(name=name, passed=passed, seconds=seconds, detail=detail))
@@ -132,38 +136,45 @@ def verify(
     """
     image = store.image(record)
     needed(record)
-    evidence = store.folder(record.tag) / EVIDENCE
-    shutil.rmtree(evidence, ignore_errors=True)
-    evidence.mkdir()
-    started = datetime.datetime.now(datetime.UTC)
+    firmware = firmware or ("bios" if "bios" in record.firmware else "uefi")
     wanted = (suites or Suites((OWN_SUITES,))).of(record.platform)
+    evidence = store.folder(record.tag) / EVIDENCE
+    own_lock = store.root / ".locks" / f"verify-{record.tag}.lock"
+    title = f"Verifying {record.name} {record.tag}"
+    started = datetime.datetime.now(datetime.UTC)
+    seen = _Seen()
     with (
         run.ending_on_sigterm(),
-        Progress(f"Verifying {record.name} {record.tag}", STAGES, console, verbose=verbose) as progress,
+        lock.held(own_lock, f"the verification of {record.tag}", wait=True, say=console.print),
+        _fresh(evidence),
+        Progress(title, STAGES, console, verbose=verbose) as progress,
+        Log(evidence / "verify.log", progress.line) as log,
     ):
-        log = Log(evidence / "verify.log", progress.line)
         job = _Run(record, progress)
-        seen = _Seen()
         try:
-            _joined(job, image, probe, firmware or _first(record), wanted, evidence, log, seen)
-            passed = all(case.passed for case in seen.suite)
-        except BakehouseError as error:
-            log.write(f"bakehouse: {error.message}")
-            passed = False
-        finally:
-            log.close()
-    result = Verification(
-        result="passed" if passed else "failed",
-        at=started,
-        seconds=round(progress.elapsed, 1),
-        accelerator=seen.accelerator,
-        firmware=firmware or _first(record),
-        checks=job.checks,
-        suite=seen.suite,
-        timeline=seen.timeline,
-        rejoin=seen.rejoin,
-    )
-    return store.amend(record.tag, {"verification": result})
+            _joined(job, image, probe, firmware, wanted, evidence, log, seen)
+        except _FailedError as error:
+            log.write(f"bakehouse: failed: {error}")
+        result = Verification(
+            result="passed" if all(check.passed for check in [*job.checks, *seen.suite]) else "failed",
+            at=started,
+            seconds=round(progress.elapsed, 1),
+            accelerator=seen.accelerator,
+            firmware=firmware,
+            checks=job.checks,
+            suite=seen.suite,
+            timeline=seen.timeline,
+            rejoin=seen.rejoin,
+        )
+        return store.amend(record.tag, {"verification": result})
+
+
+@contextmanager
+def _fresh(folder: Path) -> Iterator[None]:
+    """Give an empty folder for what is seen."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    yield
 
 
 def needed(record: Record) -> None:
@@ -192,10 +203,6 @@ class _Seen:
     suite: list[Check] = field(default_factory=list)
 
 
-def _first(record: Record) -> machine.Firmware:
-    return "bios" if "bios" in record.firmware else "uefi"
-
-
 def _joined(
     job: _Run,
     image: Path,
@@ -207,9 +214,9 @@ def _joined(
     seen: _Seen,
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="bakehouse-verify-") as folder, ExitStack() as stack:
+        made = stack.enter_context(cluster.up(image, log))
+        stack.callback(lambda: (evidence / "slurmctld.log").write_text(made.controller.log()))
         with job.check("a controller runs from the image's own root", "cluster"):
-            made = stack.enter_context(cluster.up(image, log))
-            stack.callback(lambda: (evidence / "slurmctld.log").write_text(made.controller.log()))
             made.controller.start()
         node = stack.enter_context(machine.boot(
             image, probe=probe, firmware=firmware, memory=MEMORY, cpus=CPUS, disk_size=DISK,
