@@ -19,6 +19,8 @@ def command(function: Callable[..., None], **options: Any) -> Any:
 
     @functools.wraps(function)
     def run(*arguments: Any, **named: Any) -> None:
+        # Where users do not have the system's own tools on their PATH.
+        os.environ["PATH"] = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
         try:
             function(*arguments, **named)
         except BakehouseError as error:
