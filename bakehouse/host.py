@@ -154,6 +154,7 @@ def examine(settings: Settings) -> Iterator[Check]:
     yield _check_memory()
     yield from _check_mirrors(settings)
     yield _check_kvm(settings)
+    yield _check_networks()
     yield _check_clouds()
 
 
@@ -261,6 +262,25 @@ def _check_kvm(settings: Settings) -> Check:
     if answer.works:
         return Check("KVM", "ok", answer.reason)
     return Check("KVM", "warning", f"{answer.reason}; machines are emulated, 10 times slower", answer.remedy)
+
+
+def _check_networks() -> Check:
+    """Whether images can be verified here: private networks with taps, and images mounted in them."""
+    subject = "Private networks"
+    devices = {"/dev/net/tun": "modprobe tun", "/dev/loop-control": "modprobe loop"}
+    for device, remedy in devices.items():
+        if not Path(device).exists():
+            return Check(subject, "warning", f"there is no {device}: images cannot be verified here", remedy)
+    try:
+        prefix = [] if os.geteuid() == 0 else ["sudo", "-n", "--"]
+        command = [*prefix, "unshare", "--mount", "--pid", "--net", "--fork", "--mount-proc", "true"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        return Check(subject, "warning", f"unshare cannot be run: {error.strerror}", "apt-get install util-linux")
+    if done.returncode != 0:
+        finding = f"namespaces cannot be made: {done.stderr.strip()}; images cannot be verified here"
+        return Check(subject, "warning", finding, "in a container: --privileged")
+    return Check(subject, "ok", "namespaces, taps and loop devices can be made")
 
 
 def _check_clouds() -> Check:
