@@ -98,7 +98,7 @@ class _BakeBench:
             site = self.settings.model_copy(update={"elements": [self._changed_elements(number)]})
             changed.append(self._measure(f"{number}/{rounds}: one file changed", partial(self._bake, site)))
         assert record is not None
-        return Result(self._rows(plain, cold, changed, nothing, record), _machine())
+        return Result(self._rows(plain, cold, changed, nothing, record), this_machine())
 
     def _rows(
         self, plain: list[float], cold: list[float], changed: list[float], nothing: float, record: Record
@@ -229,6 +229,7 @@ class _BakeBench:
         return tar.stat().st_size
 
 
-def _machine() -> str:
+def this_machine() -> str:
+    """Return what a result was measured on, in one line."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
     return f"{os.cpu_count()} cores, {memory:.0f} GiB, Linux {platform.release()}, Python {platform.python_version()}"

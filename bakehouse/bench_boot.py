@@ -1,0 +1,226 @@
+"""The benchmark of booting: from power-on to joined, beside a plain Debian cloud-style image, in one run."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from bakehouse import cluster, machine, userdata, verify
+from bakehouse.bench import Result, Row, this_machine
+from bakehouse.cache import BaseCache
+from bakehouse.cluster import Cluster
+from bakehouse.errors import BakehouseError
+from bakehouse.machine import Machine
+from bakehouse.record import Record
+from bakehouse.run import Log
+from bakehouse.settings import Settings
+from bakehouse.store import LocalStore
+
+OURS, PLAIN = "slurm", "debian-cloud"
+"""The manifests that are compared."""
+
+MEMORY, CPUS, DISK = 1024, 1, 4 << 30
+"""MiB of memory, CPUs and bytes of disk of both machines. With one CPU its seconds are those of all that was done."""
+
+BOOT_SECONDS = 900
+"""Emulated on a busy host; with KVM it is ten."""
+
+GOAL_JOINED = 1.25
+GOAL_AGENT_SECONDS = 2.0
+GOAL_AGENT_SHARE = 0.15
+"""Of the time from power-on to joined, under emulation."""
+
+LOGIN = r"\b(?!Last )[\w.-]+ login:"
+JOINED = r"bakehouse-agent: (?P<guest>\d+\.\d+) (?P<moment>joined|failed)(?P<rest>.*)"
+STARTED = r"bakehouse-agent: (?P<guest>\d+\.\d+) started"
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A moment of a boot."""
+
+    seconds: float
+    """Since power-on."""
+    cpu_seconds: float
+    """That QEMU had used by then: a measure that a busy host disturbs less."""
+    text: str
+    """The console's line."""
+
+
+@dataclass(frozen=True)
+class Boot:
+    """What was seen of one boot."""
+
+    accelerator: str
+    login: Reached
+    joined: Reached | None = None
+    agent: float = 0.0
+    """Seconds of the guest's clock from the agent's first word to joined."""
+
+
+def boot(settings: Settings, rounds: int, console: Console) -> Result:
+    """Measure power-on to joined of our Slurm image against power-on to login prompt of a plain Debian image.
+
+    Both boots of a round follow one another on the same private network, with a controller beside it, and from the
+    same kind of machine. One boot of each goes before, uncounted: it brings the images into the host's memory.
+
+    Args:
+        settings: the site's settings.
+        rounds: how many.
+        console: shows what is being measured.
+
+    Raises:
+        BakehouseError: an image is not in the store, the two have different kernels, or a boot failed.
+    """
+    store = LocalStore(settings.store)
+    ours, plain = (_newest(store, name) for name in (OURS, PLAIN))
+    verify.needed(ours)
+    if ours.kernel != plain.kernel:
+        raise BakehouseError(
+            f"the kernels differ: {ours.kernel} in {ours.tag}, {plain.kernel} in {plain.tag}",
+            hint=f"`invoke bake --platform {OURS} --refresh` and the same for {PLAIN}",
+        )
+    with tempfile.TemporaryDirectory(prefix="bench-boot-") as name, ExitStack() as stack:
+        folder = Path(name)
+        log = stack.enter_context(Log(folder / "bench.log"))
+        made = stack.enter_context(cluster.up(store.image(ours), log))
+        made.controller.start()
+        bench = _BootBench(made, store, BaseCache(settings.cache).kvm, machine.make_key(folder), console)
+        boots = [bench.round(number, rounds, ours, plain) for number in range(rounds + 1)][1:]
+    joining, standing = [first for first, _ in boots], [second for _, second in boots]
+    return Result(rows(joining, standing), f"{this_machine()}; {_accelerator(joining)}")
+
+
+def _newest(store: LocalStore, name: str) -> Record:
+    found = next((record for record in store.records() if record.name == name), None)
+    if found is None:
+        raise BakehouseError(f"there is no image of {name} in {store.root}", hint=f"invoke bake --platform {name}")
+    return found
+
+
+@dataclass(frozen=True)
+class _BootBench:
+    made: Cluster
+    store: LocalStore
+    probe: Path
+    key: Path
+    console: Console
+
+    def round(self, number: int, rounds: int, ours: Record, plain: Record) -> tuple[Boot, Boot]:
+        """Boot both images, one after the other; round 0 is not counted."""
+        title = f"{number}/{rounds}" if number else "not counted"
+        # Each node has a name of its own, so that each join is a first one.
+        node = f"node-{number + 1}"
+        self.console.print(f"{title}: {ours.name} to joined", end=" ... ", highlight=False)
+        joining = self._boot(ours, node, userdata.render(self.made.join(node)), joins=True)
+        assert joining.joined is not None
+        self.console.print(f"{joining.joined.seconds:.1f} s", highlight=False)
+        self.console.print(f"{title}: {plain.name} to login prompt", end=" ... ", highlight=False)
+        standing = self._boot(plain, f"plain-{number + 1}", "", joins=False)
+        self.console.print(f"{standing.login.seconds:.1f} s", highlight=False)
+        return joining, standing
+
+    def _boot(self, image: Record, name: str, user_data: str, *, joins: bool) -> Boot:
+        with (
+            tempfile.TemporaryDirectory(prefix="bench-boot-") as folder,
+            machine.boot(
+                self.store.image(image), probe=self.probe, memory=MEMORY, cpus=CPUS, disk_size=DISK, key=self.key,
+                user_data=user_data, hostname=name, network=self.made.network,
+                keep_console=Path(folder, "console.log"),
+            ) as node,
+        ):  # fmt: skip
+            seen = watch(node, {"login": LOGIN, **({"started": STARTED, "joined": JOINED} if joins else {})})
+            if not joins:
+                return Boot(node.accelerator, seen["login"])
+            agent = _guest(seen["joined"], JOINED) - _guest(seen["started"], STARTED)
+            return Boot(node.accelerator, seen["login"], seen["joined"], agent)
+
+
+def watch(node: Machine, marks: Mapping[str, str]) -> dict[str, Reached]:
+    """Wait until a machine's console has said each of some things. Return when it did.
+
+    Args:
+        node: the machine.
+        marks: patterns by name.
+
+    Raises:
+        BakehouseError: it did not say all of them, or the node cannot join.
+    """
+    seen: dict[str, Reached] = {}
+
+    def all_seen() -> bool:
+        used = node.cpu_seconds()
+        for name, pattern in marks.items():
+            if name not in seen and (found := node.console.find(pattern)):
+                seen[name] = Reached(found[1].at - node.started, used, found[1].text)
+                _must_not_fail(seen[name].text)
+        return len(seen) == len(marks)
+
+    node.wait(" and ".join(marks), all_seen, BOOT_SECONDS)
+    return seen
+
+
+def _must_not_fail(text: str) -> None:
+    said = re.search(JOINED, text)
+    if said and said["moment"] == "failed":
+        raise BakehouseError(f"the node cannot join:{said['rest']}")
+
+
+def _guest(reached: Reached, pattern: str) -> float:
+    found = re.search(pattern, reached.text)
+    assert found is not None
+    return float(found["guest"])
+
+
+def rows(joining: Sequence[Boot], standing: Sequence[Boot]) -> list[Row]:
+    """Return what a number of boots comes to: medians and ratios.
+
+    Args:
+        joining: boots of our image.
+        standing: boots of the plain one.
+    """
+    joined = [made.joined for made in joining if made.joined]
+    logins = [made.login for made in joining]
+    plain = [made.login for made in standing]
+    ratio = _seconds(joined) / _seconds(plain)
+    return [
+        Row("plain Debian: power-on to login prompt", _text(plain), 1.0),
+        Row("ours: power-on to joined", _text(joined), ratio, f"at most {GOAL_JOINED} of plain", ratio <= GOAL_JOINED),
+        Row("ours: power-on to login prompt", _text(logins), _seconds(logins) / _seconds(plain)),
+        Row("CPU seconds, ours to joined", f"{_cpu(joined):.1f} s", _cpu(joined) / _cpu(plain)),
+        Row("CPU seconds, ours to login prompt", f"{_cpu(logins):.1f} s", _cpu(logins) / _cpu(plain)),
+        _agent_row(joining, _seconds(joined)),
+    ]
+
+
+def _agent_row(joining: Sequence[Boot], whole: float) -> Row:
+    agent = statistics.median(made.agent for made in joining)
+    share = agent / whole
+    if _accelerator(joining) == "KVM":
+        goal, met = f"under {GOAL_AGENT_SECONDS:g} s", agent < GOAL_AGENT_SECONDS
+    else:
+        goal, met = f"at most {GOAL_AGENT_SHARE} of the boot where emulated", share <= GOAL_AGENT_SHARE
+    return Row("agent: its start to joined", f"{agent:.1f} s of the guest's", share, goal, met)
+
+
+def _accelerator(boots: Sequence[Boot]) -> str:
+    return {"kvm": "KVM", "tcg": "emulation"}.get(boots[0].accelerator, boots[0].accelerator)
+
+
+def _seconds(moments: Sequence[Reached]) -> float:
+    return statistics.median(moment.seconds for moment in moments)
+
+
+def _cpu(moments: Sequence[Reached]) -> float:
+    return statistics.median(moment.cpu_seconds for moment in moments)
+
+
+def _text(moments: Sequence[Reached]) -> str:
+    return f"{_seconds(moments):.1f} s ({_cpu(moments):.1f} s of QEMU's CPU)"
