@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -67,7 +68,9 @@ def find(platform: str) -> Demo | None:
     except (OSError, ValueError, TypeError):
         return None
     if not found.running:
-        note.unlink(missing_ok=True)
+        # Root's, where it was made through sudo.
+        with contextlib.suppress(OSError):
+            note.unlink()
         return None
     return found
 
@@ -138,7 +141,8 @@ def down(platform: str) -> Demo:
         waiting.until("end of the cluster", lambda: not found.running, DOWN_SECONDS, poll=0.1)
     except BakehouseError:
         # The kernel takes back what it kept.
-        os.kill(found.keeper, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(found.keeper, signal.SIGKILL)
     for name in ("json", "err", "log"):
         (folder() / f"{platform}.{name}").unlink(missing_ok=True)
     return found
@@ -186,8 +190,8 @@ def main() -> int:
     parser.add_argument("--accounting", nargs=3, metavar=("RELEASE", "MIRROR", "SECURITY_MIRROR"), default=[""])
     given = parser.parse_args()
     try:
-        with ending_on_sigterm():
-            keep(given.platform, given.tag, given.image, given.authentication, Log(given.log), *given.accounting)
+        with ending_on_sigterm(), Log(given.log) as log:
+            keep(given.platform, given.tag, given.image, given.authentication, log, *given.accounting)
     except BakehouseError as error:
         print(error.log, error, sep="\n", file=sys.stderr)  # noqa: T201 - up() shows it
         return 1

@@ -277,10 +277,16 @@ def read_timeline(node: Machine, power_on: float) -> Timeline:
     Args:
         node: the machine.
         power_on: when it was switched on or reset, seconds of the host's monotonic clock.
+
+    Raises:
+        BakehouseError: it does not answer.
     """
     node.wait_for_ssh(COMMAND_SECONDS)
     asked = time.monotonic()
-    said = node.ssh(GUEST_COMMAND).stdout
+    try:
+        said = node.ssh(GUEST_COMMAND, timeout=COMMAND_SECONDS).stdout
+    except subprocess.TimeoutExpired as error:
+        raise BakehouseError(f"the node does not say when it did what within {COMMAND_SECONDS} s") from error
     facts = GuestFacts.parse(said)
     answered = time.monotonic()
     return timeline.from_boot(
@@ -330,9 +336,9 @@ def _reboot(node: Machine) -> float:
     start = len(node.console.lines)
     node.ssh("sudo systemctl --no-block reboot")
     # What the firmware or the kernel says first; the boot loader's menu says nothing.
-    node.wait_for_console("reboot", r"Linux version|Booting |SeaBIOS|BdsDxe|\x1bc", JOIN_SECONDS, start)
+    line = node.wait_for_console("reboot", r"Linux version|Booting |SeaBIOS|BdsDxe|\x1bc", JOIN_SECONDS, start)
     found = node.console.find(r"reboot: Restarting system|Reached target .*reboot.target|Rebooting", start)
-    reset = found[1].at if found else time.monotonic()
+    reset = found[1].at if found else node.console.lines[line].at
     wait_for_join(node, start)
     return reset
 

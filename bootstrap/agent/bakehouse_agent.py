@@ -916,7 +916,22 @@ def fetch(config: Config, broker: Broker, node: str) -> bytes:
         raise Wait(f"{where} does not answer in HTTP ({type(error).__name__})", "is this the broker's port?") from None
     finally:
         connection.close()
+    compare_clocks(response.getheader("Date", ""))
     return key_of_answer(config, node, where, response.status, data)
+
+
+clock_off = 0.0  # seconds that this node's clock is ahead of the broker's, once that has answered
+
+
+def compare_clocks(date: str) -> None:
+    """Note how far this node's clock is from the one that an HTTP answer tells."""
+    import email.utils
+
+    global clock_off  # noqa: PLW0603
+    try:
+        clock_off = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
+    except (ValueError, TypeError):
+        pass
 
 
 def key_of_answer(config: Config, node: str, where: str, status: int, data: bytes) -> bytes:
@@ -1128,6 +1143,8 @@ def block_metadata(status: Status) -> None:
 # --- Slurm -----------------------------------------------------------------------------------------------------------
 
 MUNGE_LOG = ROOT + "/var/log/munge/munged.log"
+MUNGE_LIFETIME = 300  # seconds that a credential is good for (munged's default), so that clocks may differ by
+SYNCHRONISED = ROOT + "/run/systemd/timesync/synchronized"  # made by systemd-timesyncd
 CLOCKS = "the clocks of this node and of the controller differ by more than five minutes"
 AUTHENTICATION = (
     # What scontrol, slurmd or munge says; what it means; what to do.
@@ -1162,11 +1179,18 @@ def trouble(said: str, key: str) -> Wait | None:
     what, kind = next(((what, kind) for text, what, kind in AUTHENTICATION if text.lower() in said.lower()), ("", ""))
     if not kind:
         return None
-    if kind == "key" and answer_was_readable():
-        what, kind = CLOCKS, "clock"
     clock = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    if kind == "key" and (answer_was_readable() or abs(clock_off) > MUNGE_LIFETIME):
+        what, kind = CLOCKS, "clock"
+    elif kind == "key" and not os.path.exists(SYNCHRONISED):
+        # Slurm says the same of both.
+        what += ": either the key is another one, or this node's clock is off"
+        kind = "key or clock"
     hints = {
-        "clock": f"this node's clock says {clock}; compare date -u on both sides",
+        "clock": f"this node's clock says {clock}; compare date -u on both sides, and see timedatectl for NTP",
+        "key or clock": (
+            f"compare sha256sum {key} on both sides; this node's clock says {clock}, not set by NTP (timedatectl)"
+        ),
         "key": f"compare sha256sum {key} on both sides",
         "munge": "journalctl -u munge",
         "version": "slurmd -V here, slurmctld -V there: the controller must not be the older one",

@@ -286,6 +286,22 @@ def test_clocks_that_differ_are_told_from_wrong_keys(node: Node) -> None:
     assert "this node's clock says 20" in status["hint"]
 
 
+def test_without_ntp_it_says_that_it_may_be_the_clock(node: Node) -> None:
+    """Slurm says the same of a wrong key and a wrong clock."""
+    node.path("fake/key").write_bytes(b"another key" * 20)
+    node.start()
+    status = node.until_waiting_for("either the key is another one, or this node's clock is off")
+    assert "timedatectl" in status["hint"]
+
+
+def test_with_ntp_it_says_that_it_is_the_key(node: Node) -> None:
+    node.path("fake/key").write_bytes(b"another key" * 20)
+    node.path("run/systemd/timesync/synchronized").write_bytes(b"")
+    node.start()
+    status = node.until_waiting_for("refuses this node's key")
+    assert "clock" not in status["waiting_for"] + status["hint"]
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

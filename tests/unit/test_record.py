@@ -58,10 +58,58 @@ def refused(path: Path) -> BakehouseError:
     return caught.value
 
 
+def timeline(*moments: tuple[str, float]) -> dict[str, Any]:
+    return {
+        "moments": [{"name": name, "seconds": seconds, "source": "agent"} for name, seconds in moments],
+        "power_on": 1000.5,
+        "accelerator": "kvm",
+        "clock_error": 0.02,
+    }
+
+
+VERIFIED = {
+    "result": "failed",
+    "at": "2026-01-01T13:00:00Z",
+    "seconds": 61.5,
+    "accelerator": "kvm",
+    "firmware": "uefi",
+    "checks": [
+        {"name": "it boots and joins the cluster", "passed": True, "seconds": 9.5},
+        {"name": "a job runs on it", "passed": False, "seconds": 0.1, "detail": "srun said ''\nsrun: error: \x1b[1mno"},
+    ],
+    "suite": [{"name": "node: no unit failed", "passed": False, "seconds": 1.5, "detail": "assert 1 == 0"}],
+    "timeline": timeline(("power-on", 0.0), ("agent joined", 9.25)),
+    "rejoin": None,
+}
+
+
 def test_a_record_survives_being_written_and_read(tmp_path: Path) -> None:
-    made = Record.model_validate(data(verification={"result": "passed"}))
+    made = Record.model_validate(data(verification=VERIFIED))
     assert record.read(write(tmp_path, made.model_dump_json())) == made
     assert made.seconds == 3.75
+
+
+def test_a_verification_survives_being_written_and_read(tmp_path: Path) -> None:
+    made = Record.model_validate(data(verification=VERIFIED)).verification
+    found = record.read(write(tmp_path, data(verification=VERIFIED))).verification
+    assert found == made
+    assert found is not None
+    assert [check.passed for check in found.checks] == [True, False]
+    assert found.checks[0].detail == ""
+    assert found.checks[1].detail.endswith("\x1b[1mno")
+    assert found.timeline is not None
+    assert found.timeline.seconds("agent joined") == 9.25
+    assert found.rejoin is None
+
+
+@pytest.mark.parametrize("old", [data(), data(verification=None)], ids=["no field", "null"])
+def test_an_image_that_was_never_verified_is_neither_good_nor_bad(tmp_path: Path, old: dict[str, Any]) -> None:
+    assert record.read(write(tmp_path, old)).verification is None
+
+
+@pytest.mark.parametrize("change", [{"result": "perhaps"}, {"checks": None}, {"timeline": {"moments": "none"}}])
+def test_a_verification_that_is_none_damages_the_record(tmp_path: Path, change: dict[str, Any]) -> None:
+    assert "is not a record of an image" in refused(write(tmp_path, data(verification=VERIFIED | change))).message
 
 
 def test_fields_that_a_later_bakehouse_added_are_passed_over(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,44 @@ def test_a_removed_image_is_gone_and_says_what_it_freed(store: LocalStore) -> No
     assert (1 << 20) <= store.remove(made) < (2 << 20)
     assert store.records() == [other]
     assert sorted(path.name for path in store.root.iterdir()) == [other.tag]
+
+
+# What is found out later.
+
+
+def test_what_is_found_out_later_goes_into_the_record(store: LocalStore) -> None:
+    made = add(store, record("20260101-aaaaaaa"))
+    add(store, record("20260102-bbbbbbb"))
+    amended = store.amend(made.tag, {"kernel": "6.13", "published": [{"id": "x"}]})
+    assert (amended.kernel, amended.published, amended.files) == ("6.13", [{"id": "x"}], made.files)
+    assert store.get(made.tag) == amended
+    assert store.get("20260102-bbbbbbb").kernel == made.kernel
+    assert store.get(made.tag) == store.amend(made.tag, {}), "nothing more, nothing less"
+
+
+def test_what_somebody_else_found_out_meanwhile_stays(store: LocalStore) -> None:
+    made = add(store, record("20260101-aaaaaaa"))
+    store.amend(made.tag, {"published": [{"id": "x"}]})
+    assert store.amend(made.tag, {"kernel": "6.13"}).published == [{"id": "x"}]
+
+
+def test_a_record_is_replaced_whole_or_not_at_all(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = add(store, record("20260101-aaaaaaa"))
+    before = (store.folder(made.tag) / FILE_NAME).read_text()
+
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        store.amend(made.tag, {"kernel": "6.13"})
+    assert (store.folder(made.tag) / FILE_NAME).read_text() == before
+    assert store.records() == [made]
+
+
+def test_an_image_that_is_gone_meanwhile_is_not_amended(store: LocalStore) -> None:
+    made = add(store, record("20260101-aaaaaaa"))
+    store.remove(made)
+    with pytest.raises(BakehouseError, match=r"record\.json cannot be read"):
+        store.amend(made.tag, {"kernel": "6.13"})
+    assert not store.folder(made.tag).exists()
