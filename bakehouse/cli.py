@@ -12,7 +12,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from bakehouse import REPOSITORY, bench, build, cli_nodes, host, manifest, run, sudo
+from bakehouse import REPOSITORY, bench, bench_boot, build, cli_nodes, host, manifest, run, sudo
 from bakehouse import plan as plans
 from bakehouse import settings as site
 from bakehouse.errors import BakehouseError
@@ -311,8 +311,6 @@ def bench_bake(name: str, *, rounds: int, as_json: bool) -> None:
 
 def bench_boot_to_joined(*, rounds: int, as_json: bool) -> None:
     """Measure boots and print ratios."""
-    from bakehouse import bench_boot
-
     _check_rounds(rounds)
     settings = site.load()
     status = sudo.again_as_root(settings)

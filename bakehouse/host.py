@@ -68,6 +68,12 @@ TOOLS = (
     Tool("git", "git", "the commit in an image's record"),
 )
 
+TEST_TOOLS = (
+    Tool("systemd-nspawn", "systemd-container", "containers of a baked root"),
+    Tool("openssl", "openssl", "the certificates of the join broker's documentation"),
+)
+"""What only our own tests need."""
+
 VERSIONED = {
     "mmdebstrap": "mmdebstrap",
     "grub": "grub-common",
@@ -78,12 +84,12 @@ VERSIONED = {
 """Tools whose version is an input of an image's digest, and their packages."""
 
 
-def missing() -> list[Tool]:
+def missing(wanted: tuple[Tool, ...] = TOOLS) -> list[Tool]:
     """Return the tools that this host lacks."""
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     return [
         tool
-        for tool in TOOLS
+        for tool in wanted
         if not (Path(tool.name).exists() if tool.name.startswith("/") else shutil.which(tool.name, path=path))
     ]
 
@@ -109,9 +115,9 @@ def versions() -> dict[str, str]:
     return {"diskimage-builder": str(diskimage_builder.version.version_info.version_string()), **found}
 
 
-def install_missing() -> int:
+def install_missing(tools: tuple[Tool, ...] = TOOLS) -> int:
     """Install the missing tools through apt, as root or with sudo, saying what is done. Return an exit status."""
-    wanted = packages_of(missing())
+    wanted = packages_of(missing(tools))
     if not wanted:
         return 0
     if not shutil.which("apt-get"):
@@ -295,4 +301,5 @@ def _check_clouds() -> Check:
 
 
 if __name__ == "__main__":
-    sys.exit(install_missing())
+    # The argument is the task that ./run is about to start.
+    sys.exit(install_missing(TOOLS + TEST_TOOLS if sys.argv[1:] == ["test"] else TOOLS))

@@ -227,8 +227,10 @@ def kept(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     @contextlib.contextmanager
     def up(image: Path, _log: Log, *, authentication: str) -> Iterator[object]:
         done.append(f"up {image} {authentication}")
-        yield SimpleNamespace(controller=controller, network=SimpleNamespace(pid=77))
-        done.append("down")
+        try:
+            yield SimpleNamespace(controller=controller, network=SimpleNamespace(pid=77))
+        finally:
+            done.append("down")
 
     def sleep(_seconds: float) -> None:
         found = demo.get("slurm")
@@ -258,7 +260,7 @@ def test_a_cluster_is_noted_once_it_answers_and_forgotten_when_it_ends(
     with pytest.raises(Terminated):
         demo.main()
     assert kept[0] == "up /image slurm"
-    assert kept[1:-1] == [*done, "noted 77 True"]
+    assert kept[1:] == [*done, "noted 77 True", "down"]
     assert laptop.files() == []
 
 
