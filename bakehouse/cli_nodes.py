@@ -203,9 +203,12 @@ def render_userdata(
         print(text, end="")
         return
     target = Path(output)
-    target.touch(mode=stat.S_IRUSR | stat.S_IWUSR)
-    target.chmod(stat.S_IRUSR | stat.S_IWUSR)
-    target.write_text(text, encoding="utf-8")
+    try:
+        target.touch(mode=stat.S_IRUSR | stat.S_IWUSR)
+        target.chmod(stat.S_IRUSR | stat.S_IWUSR)
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BakehouseError(f"--output {output} cannot be written: {error.strerror}") from error
     errors.print(f"wrote {output}, {len(text)} bytes, readable by you only", highlight=False, soft_wrap=True)
 
 

@@ -17,6 +17,9 @@ from bakehouse.machine import Machine
 
 pytest_plugins = ["pytester"]
 
+QUICK = ("-p", "no:hypothesispytest", "-p", "no:xdist")
+"""Without what pytest would load anew each time."""
+
 
 class Machines:
     """Boots fakes; notes what it was asked for and what became of them."""
@@ -55,7 +58,7 @@ def test_machines_end_with_their_test_and_leave_evidence_where_it_fails(
         def test_cannot_boot(boot_machine):
             boot_machine("/nothing.qcow2", hostname="none")
     """)
-    result = pytester.runpytest_inprocess("-p", "bakehouse.harness")
+    result = pytester.runpytest_inprocess(*QUICK, "-p", "bakehouse.harness")
     assert result.parseoutcomes() == {"passed": 1, "failed": 2}
     first, second, *_ = machines.asked
     assert (first["image"], first["memory"]) == (Path("/images/a.qcow2"), 512)
@@ -80,7 +83,7 @@ def test_a_private_network_ends_with_its_test(pytester: pytest.Pytester) -> None
         def test_second():
             assert not Path(f"/proc/{seen[0]}/ns").exists()
     """)
-    assert pytester.runpytest_inprocess("-p", "bakehouse.harness").parseoutcomes() == {"passed": 2}
+    assert pytester.runpytest_inprocess(*QUICK, "-p", "bakehouse.harness").parseoutcomes() == {"passed": 2}
 
 
 def test_the_machine_that_users_type_is_the_real_one(pytester: pytest.Pytester) -> None:
@@ -105,14 +108,14 @@ def test_a_suite_is_given_the_images_record(pytester: pytest.Pytester, given: bo
     path = pytester.makefile(".json", record='{"tag": "20260101-aaaaaaa"}')
     pytester.makepyfile(ASKS)
     options = [f"--record={path}"] if given else []
-    assert pytester.runpytest_inprocess("-p", "bakehouse.suite", *options).parseoutcomes() == outcome
+    assert pytester.runpytest_inprocess(*QUICK, "-p", "bakehouse.suite", *options).parseoutcomes() == outcome
 
 
 def test_our_suites_are_found_by_pytest_as_the_documentation_calls_it(pytester: pytest.Pytester) -> None:
     suites = REPOSITORY / "tests" / "image"
     result = pytester.runpytest_inprocess(
-        "-p", "bakehouse.suite", "--collect-only", "-q", f"--rootdir={suites}", f"--confcutdir={suites}", suites,
-        "--hosts=ssh://debian@192.0.2.1", "--sudo",
+        *QUICK, "-p", "bakehouse.suite", "--collect-only", "-q", f"--rootdir={suites}", f"--confcutdir={suites}",
+        suites, "--hosts=ssh://debian@192.0.2.1", "--sudo",
     )  # fmt: skip
     assert result.ret == 0
     assert "test_slurm.py::" in result.stdout.str()
