@@ -394,8 +394,8 @@ userdata = command(
     name="userdata",
     iterable=["controller", "feature", "ssh_key"],
     help={
-        "platform": "slurm",
-        "path": "bake",
+        "platform": "the platform: slurm",
+        "path": "how the node comes to be: bake",
         "node": "the node's name; by default the one that its cloud gives it",
         "controller": "HOST or HOST:PORT of slurmctld; may be repeated",
         "authentication": "munge, or slurm for Slurm's own auth/slurm",
@@ -442,7 +442,7 @@ join.add_task(
     command(
         _join_token,
         name="token",
-        help={"platform": "slurm", "node": "the node's name", "lifetime": "such as 30m, 2h, 1d"},
+        help={"platform": "the platform: slurm", "node": "the node's name", "lifetime": "such as 30m, 2h, 1d"},
     )
 )
 join.add_task(command(_join_tokens, name="tokens", help=JSON))
@@ -450,7 +450,7 @@ join.add_task(
     command(_join_revoke, name="revoke", positional=["which"], help={"which": "a node's name, or a token's id"})
 )
 cluster = Collection("cluster")
-CLUSTER = {"platform": "slurm"}
+CLUSTER = {"platform": "the platform: slurm"}
 cluster.add_task(
     command(
         _cluster_up,

@@ -33,6 +33,9 @@ from bakehouse.store import LocalStore
 from bakehouse.terminal import console, errors, open_site, parse_size, print_json
 from bakehouse.yamlfile import did_you_mean
 
+STDERR = 2
+"""The file descriptor."""
+
 
 def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
@@ -93,7 +96,8 @@ def verified(
     verbose: bool = False,
 ) -> Record:
     """Verify an image, as root. Return its record with the result."""
-    status = sudo.again_as_root(settings, ["verify", record.tag, *(["--verbose"] if verbose else [])])
+    words = ["verify", record.tag, *(["--verbose"] if verbose else [])]
+    status = sudo.again_as_root(settings, words, stdout=STDERR if progress.stderr else None)
     if status is not None:
         found = store.get(record.tag)
         if found.verification is None:
@@ -233,11 +237,20 @@ def join_token(*, platform: str, node: str, lifetime: str) -> None:
 
 
 def _is_demo(platform: str, settings: Settings) -> bool:
-    return not settings.broker.exists() and demo.find(platform) is not None
+    return not _has_broker(settings) and demo.find(platform) is not None
+
+
+def _has_broker(settings: Settings) -> bool:
+    try:
+        return settings.broker.exists()
+    except PermissionError as error:
+        raise BakehouseError(
+            f"{settings.broker} cannot be looked at: {error.strerror}", hint="run this as root, as the broker is"
+        ) from error
 
 
 def _state(settings: Settings) -> Path:
-    if not settings.broker.exists():
+    if not _has_broker(settings):
         raise BakehouseError(
             f"there is no join broker here: {settings.broker} is not there",
             hint="run this beside the broker (docs/join-broker.md), or `invoke cluster.up slurm` for one to try",
@@ -378,6 +391,8 @@ def boot(
     private = Path(key).expanduser() if key else None
     if private and not private.is_file():
         raise BakehouseError(f"--key {key} is not a file", hint="name the private key; the public one is beside it")
+    if user_data == "-" and (join or source == "metadata"):
+        raise BakehouseError("--user-data - with a private network", hint="name a file")
     if join and user_data:
         raise BakehouseError("--join and --user-data", hint="--join makes the user-data itself")
     data = _text_of("--user-data", user_data) if user_data else ""

@@ -51,6 +51,15 @@ EVIDENCE = {
 MIB = 1 << 20
 
 
+SSH_SETTINGS = {
+    "StrictHostKeyChecking": "no",
+    "UserKnownHostsFile": "/dev/null",
+    "IdentitiesOnly": "yes",
+    "LogLevel": "ERROR",
+}
+"""This key only, and no memory of host keys, since machines come and go."""
+
+
 @dataclass(frozen=True)
 class Login:
     """How to log in to a machine."""
@@ -65,14 +74,9 @@ class Login:
 
     @property
     def options(self) -> list[str]:
-        """Options of ssh: this key only, and no memory of host keys, since machines come and go."""
-        settings = {
-            "StrictHostKeyChecking": "no",
-            "UserKnownHostsFile": "/dev/null",
-            "IdentitiesOnly": "yes",
-            "LogLevel": "ERROR",
-        }
-        return ["-i", str(self.key), *(part for key, value in settings.items() for part in ("-o", f"{key}={value}"))]
+        """Options of ssh."""
+        settings = (part for name, value in SSH_SETTINGS.items() for part in ("-o", f"{name}={value}"))
+        return ["-i", str(self.key), *settings]
 
     def config(self, folder: Path) -> str:
         """Return the text of an ssh_config(5) for all hosts, which keeps one connection for several logins.
@@ -80,10 +84,10 @@ class Login:
         Args:
             folder: where the connection's socket goes.
         """
-        options = [part.replace("=", " ", 1) for part in self.options if "=" in part]
         # A handshake takes seconds in an emulated machine.
-        options += [f"IdentityFile {self.key}", "ControlMaster auto", f"ControlPath {folder}/ssh", "ControlPersist 60"]
-        return "Host *\n" + "".join(f"  {option}\n" for option in options)
+        shared = {"ControlMaster": "auto", "ControlPath": f'"{folder}/ssh"', "ControlPersist": "60"}
+        settings = {**SSH_SETTINGS, "IdentityFile": f'"{self.key}"', **shared}
+        return "Host *\n" + "".join(f"  {name} {value}\n" for name, value in settings.items())
 
     @property
     def command(self) -> list[str]:

@@ -6,6 +6,8 @@ runs in it and takes back bridge, taps, namespaces and mounts. Needs root.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import ipaddress
 import json
 import subprocess
@@ -128,15 +130,18 @@ class Network:
         Raises:
             BakehouseError: the network is full.
         """
-        ports = self._ports()
-        if name not in ports:
-            number = max((port.number for port in ports.values()), default=FIRST - 1) + 1
-            if number > LAST:
-                raise BakehouseError(f"the network holds {LAST - FIRST + 1} machines at the most")
-            ports[name] = Port(number, name)
-            line = f"{ports[name].mac},{ports[name].address},{name}\n"
-            self.path(FOLDER / "dhcp" / name).write_text(line)
-        return ports[name]
+        # Several commands may plug machines into one network.
+        with self.path(FOLDER / "ports.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            ports = self._ports()
+            if name not in ports:
+                number = max((port.number for port in ports.values()), default=FIRST - 1) + 1
+                if number > LAST:
+                    raise BakehouseError(f"the network holds {LAST - FIRST + 1} machines at the most")
+                ports[name] = Port(number, name)
+                line = f"{ports[name].mac},{ports[name].address},{name}\n"
+                self.path(FOLDER / "dhcp" / name).write_text(line)
+            return ports[name]
 
     def _ports(self) -> dict[str, Port]:
         """Return what is reserved, which is what dnsmasq was told."""
@@ -144,7 +149,16 @@ class Network:
         return {name: Port(int(line.partition(",")[0][-2:], 16), name) for name, line in lines.items()}
 
     def add_tap(self, port: Port) -> str:
-        """Make the tap device of a virtual machine. Return its name."""
+        """Make the tap device of a virtual machine. Return its name.
+
+        Raises:
+            BakehouseError: a machine of this name is plugged in already.
+        """
+        there = [*self.everything, "ip", "link", "show", "dev", port.device]
+        if subprocess.run(there, capture_output=True, check=False).returncode == 0:
+            raise BakehouseError(
+                f"a machine {port.name} runs on this network already", hint="give this one another name"
+            )
         self.run(["ip", "tuntap", "add", "dev", port.device, "mode", "tap"])
         self._plug(port)
         return port.device
@@ -192,16 +206,19 @@ class Network:
         Raises:
             BakehouseError: the host has no loop devices, or the image has no root partition.
         """
-        target = FOLDER / "images" / image.stem
+        target = FOLDER / "images" / str(image.resolve()).strip("/").replace("/", "+")
         if self.path(target).is_dir():
             return target
-        raw = image.with_name(f".{image.name}.{self.pid}.raw")
+        # In memory, so that it cannot be left behind, however we end.
+        raw = FOLDER / "disk.raw"
         try:
-            self.run(["qemu-img", "convert", "-O", "raw", image, raw])
-            start = _root_start(raw, image.name)
+            self.run(["qemu-img", "convert", "-O", "raw", image.resolve(), raw])
+            start = _root_start(self.path(raw), image.name)
             self.run(["mkdir", "-p", target])
             self.run(["mount", "-o", f"loop,ro,noload,offset={start}", "-t", "ext4", raw, target])
         except run.CommandError as error:
+            with contextlib.suppress(OSError):
+                self.path(target).rmdir()
             raise BakehouseError(
                 f"the root filesystem of {image.name} cannot be mounted: {error.message}",
                 hint="this host needs loop devices (modprobe loop; in a container: --privileged)",
@@ -209,7 +226,7 @@ class Network:
             ) from error
         finally:
             # The loop device keeps the content for as long as it is mounted.
-            raw.unlink(missing_ok=True)
+            self.path(raw).unlink(missing_ok=True)
         return target
 
     def writable_copy(self, root: Path, name: str, *, size: str = "50%") -> Path:

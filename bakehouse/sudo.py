@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 
+from platformdirs import user_state_path
+
 from bakehouse import run
 from bakehouse.settings import Settings
+
+STATE = user_state_path("bakehouse")
+"""Where running clusters are noted."""
 
 LIFELINE = "BAKEHOUSE_LIFELINE"
 """Tells the second run that its standard input ends when the first one does."""
@@ -17,15 +23,16 @@ LIFELINE = "BAKEHOUSE_LIFELINE"
 KEPT = ("HOME", "LANG", "TERM", "PATH", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME")
 
 
-def again_as_root(settings: Settings, words: list[str] | None = None) -> int | None:
+def again_as_root(settings: Settings, words: list[str] | None = None, *, stdout: int | None = None) -> int | None:
     """Run this command line, or another one, as root, if we are not.
 
-    What it writes into the store and the cache belongs to us afterwards. When we end, so does it: sudo would let it run
-    on, but its standard input is a pipe from us.
+    What it writes into the store, the cache and STATE belongs to us afterwards. When we end, so does it: sudo would let
+    it run on, but its standard input is a pipe from us.
 
     Args:
         settings: the site's settings, which hold for root too.
         words: a task and its flags; those that we were given by default.
+        stdout: where it shall print to, a file descriptor; our standard output by default.
 
     Returns:
         The exit status of the second run; None where we are root and go on ourselves.
@@ -40,16 +47,25 @@ def again_as_root(settings: Settings, words: list[str] | None = None) -> int | N
     kept = {name: os.environ[name] for name in os.environ if name in KEPT or name.startswith("BAKEHOUSE_")}
     variables = [f"{name}={value}" for name, value in {**kept, LIFELINE: "1"}.items()]
     command = [*run.as_root(), "env", *variables, sys.executable, "-m", "invoke", *(words or sys.argv[1:])]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout) as process:
         try:
             status = process.wait()
-        except (KeyboardInterrupt, run.Terminated):
-            assert process.stdin is not None
-            process.stdin.close()
-            status = process.wait()
-    if written := [place for place in (settings.store, settings.cache) if place.exists()]:
+        except KeyboardInterrupt:
+            # The terminal tells both of us: it has time to end what it does, unless it is told once more.
+            with contextlib.suppress(KeyboardInterrupt):
+                process.wait()
+            status = _end(process)
+        except run.Terminated:
+            status = _end(process)
+    if written := [place for place in (settings.store, settings.cache, STATE) if place.exists()]:
         run.give_back(*written)
     return status
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    assert process.stdin is not None
+    process.stdin.close()
+    return process.wait()
 
 
 def _end_with_standard_input() -> None:

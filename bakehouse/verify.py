@@ -41,6 +41,7 @@ JOIN_SECONDS = 900
 """Emulated on a busy host; with KVM it is ten."""
 
 COMMAND_SECONDS = 300
+SUITE_SECONDS = 3600
 TASK_MEMORY = 64
 """MiB that each job of the test of limits may use."""
 
@@ -371,7 +372,7 @@ def ask(login: Login, suites: list[Path], record: Record, evidence: Path) -> lis
                 f"--hosts=ssh://{login.user}@{login.host}:{login.port}", f"--ssh-config={config}", "--sudo",
                 f"--record={folder / FILE_NAME}", f"--junitxml={report}",
             ],
-            cwd=REPOSITORY, capture_output=True, text=True, check=False,
+            cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=SUITE_SECONDS,
         )  # fmt: skip
     (evidence / "suite.txt").write_text(done.stdout + done.stderr)
     # 0: all passed, 1: some failed (pytest's documentation, exit codes).

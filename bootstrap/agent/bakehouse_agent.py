@@ -1,57 +1,71 @@
 """The join agent: makes a booted machine a member of its cluster, and keeps it one.
 
-It reads ``/etc/bakehouse/join.yaml`` and then works level by level: name, key, network, controller, services,
-registration. Each pass looks at what is there and does only what is missing, so a second run, a reboot, a kill at any
-point or a changed address are all the same case. What a pass waits for stands in ``/run/bakehouse/status.json``.
+It reads ``/etc/bakehouse/join.yaml`` and works level by level: name, key, network, controller, services, registration.
+Each pass looks at what is there and does only what is missing, so a second run, a reboot, a kill at any point or a
+changed address are all the same case. What a pass waits for stands in ``/run/bakehouse/status.json``.
 
-One file, the standard library and PyYAML. Python's imports are what a small agent spends its time on (under emulation
-they are 25 times slower), so modules that a plain join does not need are imported where they are used.
+One file, the standard library and PyYAML. Imports are what a small agent spends its time on (under emulation 25 times
+as much), so modules that a plain join does not need are imported where they are used.
 
 docs/join-agent.md has the configuration, the states and what to do in each trouble.
 """
 
 # pathlib and contextlib cost more to import than all that they would do here:
-# ruff: noqa: PTH101, PTH102, PTH103, PTH104, PTH108, PTH110, PTH112, PTH116, PTH118, PTH119, PTH120, PTH123, SIM105
+# ruff: noqa: PTH101, PTH102, PTH103, PTH108, PTH110, PTH112, PTH114, PTH113, PTH116, PTH118, PTH120, PTH123
+# ruff: noqa: PTH104, SIM105, T201
 
 from __future__ import annotations
 
+import binascii
 import errno
+import fcntl
+import itertools
+import json
 import os
+import re
+import select
+import signal
+import socket
 import sys
 import time
+from time import monotonic  # seconds since the kernel started, the base of systemd's monotonic timestamps too
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Iterator
-    from typing import Any, NoReturn
+    from typing import Any
 
 # Tests move every path below another folder; programs then come from the caller's PATH.
 ROOT = os.environ.get("BAKEHOUSE_ROOT", "")
 CONFIG = ROOT + "/etc/bakehouse/join.yaml"
 RUN = ROOT + "/run/bakehouse"
 STATUS = RUN + "/status.json"
-LOCK = RUN + "/agent.lock"
-ASIDE = RUN + "/fetched.key"
 STATE = ROOT + "/var/lib/bakehouse"
 LEFT = STATE + "/left"
 SECRET_SOURCE = STATE + "/secret.json"
+KEY_FILES = {"munge": ROOT + "/etc/munge/munge.key", "slurm": ROOT + "/etc/slurm/slurm.key"}
 INSTANCE_DATA = ROOT + "/run/cloud-init/instance-data.json"
 CLOUD_INIT_RUNS = ROOT + "/run/cloud-init/enabled"  # made by its generator, before all units
-CLOUD_INIT_LIMIT = 120.0  # seconds since the kernel started, after which the host name has to do
 CLOUD_COPIES = (ROOT + "/var/lib/cloud", ROOT + "/run/cloud-init")
 CLOUD_LOGS = (ROOT + "/var/log/cloud-init.log", ROOT + "/var/log/cloud-init-output.log")
+SLURM_CONF = ROOT + "/run/slurm/conf/slurm.conf"  # what slurmd got from the controller
+MUNGE_LOG = ROOT + "/var/log/munge/munged.log"
+SYNCHRONISED = ROOT + "/run/systemd/timesync/synchronized"  # made by systemd-timesyncd
 
-DONE, NOT_YET, INVALID, REFUSED, NEVER_RAN = 0, 1, 2, 3, 4
+DONE, NOT_YET, INVALID, REFUSED, NEVER_RAN = 0, 1, 2, 3, 4  # exit statuses
+FOREVER = float("inf")
 
-UNSETTLED_NAMES = {"", "(none)", "localhost", "debian"}
-SETTLING = 3.0  # seconds for which a host name must stay the same
-QUIET = 3.0  # seconds after slurmd's start within which nothing is wrong yet
-BEING_WRITTEN = 2.0  # seconds within which a configuration that is wrong may become right
-WATCH = 120.0  # seconds between two looks at a joined node
+# Seconds.
+CLOUD_INIT_LIMIT = 120.0  # since the kernel started; after that the host name has to do
+SETTLING = 3.0  # for which a host name must stay the same
+QUIET = 3.0  # after slurmd's start within which nothing is wrong yet
+BEING_WRITTEN = 2.0  # within which a configuration that is wrong may become right
+WATCH = 120.0  # between two looks at a joined node
+LONGEST_WAIT = 15.0  # between two looks at one that has not joined
 QUICK = 8  # looks at a quick pace before backing off: most of what a booting node waits for is there within seconds
-LONGEST_WAIT = 15.0  # seconds
+
 OUR_REASON = "bakehouse-agent: "
+JOIN_AGAIN = "bakehouse-agent join makes it join again"
 
 
 class Wait(Exception):  # noqa: N818 (not an error: what a pass waits for)
@@ -61,8 +75,7 @@ class Wait(Exception):  # noqa: N818 (not an error: what a pass waits for)
 
     def __init__(self, what: str, hint: str = "") -> None:
         super().__init__(what)
-        self.what = plain(what)
-        self.hint = plain(hint)
+        self.what, self.hint = plain(what), plain(hint)
 
 
 class Soon(Wait):
@@ -80,13 +93,7 @@ class Hopeless(Exception):  # noqa: N818
 
     def __init__(self, faults: list[str], hint: str, status: int) -> None:
         super().__init__("; ".join(faults))
-        self.faults = [plain(fault) for fault in faults]
-        self.hint = plain(hint)
-        self.status = status
-
-
-class TimedOut(Exception):  # noqa: N818
-    """The time that the caller gave is over."""
+        self.faults, self.hint, self.status = [plain(fault) for fault in faults], plain(hint), status
 
 
 def plain(text: str, limit: int = 300) -> str:
@@ -94,38 +101,26 @@ def plain(text: str, limit: int = 300) -> str:
     return " ".join("".join(c if " " <= c <= "~" else " " for c in text).split())[:limit]
 
 
-def monotonic() -> float:
-    """Return the seconds since the kernel started, the base of systemd's monotonic timestamps too."""
-    return time.clock_gettime(time.CLOCK_MONOTONIC)
+# --- Files and programs ----------------------------------------------------------------------------------------------
 
 
-# --- Files -----------------------------------------------------------------------------------------------------------
-
-
-def write(path: str, data: bytes, mode: int = 0o600, owner: str | None = None) -> None:
-    """Replace a file as a whole: readers see the old or the new one, also after a crash.
-
-    Raises:
-        OSError: it cannot be written; nothing is left beside it then.
-    """
-    temporary = path + ".new"  # one name: what a killed agent left there is written over and renamed by the next one
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+def write(path: str, data: bytes, mode: int = 0o600, owner: str = "") -> None:
+    """Replace a file as a whole: readers see the old or the new one, also after a crash."""
+    temporary = path + ".new"  # one name: the next agent writes over what a killed one left there
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW  # the folder may belong to another user
     try:
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view) :]
+        with open(os.open(temporary, flags, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
             if owner:
-                own(descriptor, owner)
-            os.fchmod(descriptor, mode)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+                own(file.fileno(), owner)
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
         os.rename(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError):
             error.filename = path
-        os.unlink(temporary)
+        remove(temporary)
         raise
     parent = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -136,32 +131,36 @@ def write(path: str, data: bytes, mode: int = 0o600, owner: str | None = None) -
 
 def own(place: int | str, name: str) -> None:
     """Give a file to a system user."""
-    if not ROOT:
-        os.chown(place, *ids(name))
-
-
-def ids(name: str) -> tuple[int, int]:
-    """Return the user and group number of a system user."""
     import pwd
 
+    if ROOT:
+        return
     try:
-        entry = pwd.getpwnam(name)
+        user = pwd.getpwnam(name)
     except KeyError:
         raise Wait(f"there is no user {name} on this node", f"is {name} installed?") from None
-    return entry.pw_uid, entry.pw_gid
+    os.chown(place, user.pw_uid, user.pw_gid)
 
 
-def read(path: str, limit: int = 1 << 20) -> bytes | None:
-    """Return what a file holds, at most ``limit`` bytes, or None where there is none."""
+def read(path: str, limit: int = 1 << 20) -> bytes:
+    """Return what a file holds, at most ``limit`` bytes; nothing where there is none."""
     try:
         with open(path, "rb") as file:
             return file.read(limit)
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return b""
+
+
+def remove(path: str) -> None:
+    """Remove a file if it is there."""
+    try:
+        os.unlink(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
 
 
 def signature(path: str) -> str:
-    """Return what changes whenever a file is replaced or written."""
+    """Return what changes whenever a file is replaced or written; nothing where there is none."""
     try:
         found = os.stat(path)
     except OSError:
@@ -176,15 +175,15 @@ def folder(path: str) -> None:
         os.chmod(path, 0o755)  # noqa: S103 (the status is for everybody)
 
 
-def remove(path: str) -> None:
-    """Remove a file if it is there."""
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
+def note(name: str, text: str) -> None:
+    """Note something until the next boot, for an agent that is started again."""
+    folder(RUN)
+    write(f"{RUN}/{name}", text.encode())
 
 
-# --- Other programs --------------------------------------------------------------------------------------------------
+def noted(name: str) -> str:
+    """Return what was noted in this boot."""
+    return read(f"{RUN}/{name}").decode()
 
 
 def run(*command: str, timeout: float = 15.0, environment: dict[str, str] | None = None) -> tuple[int, str]:
@@ -192,381 +191,256 @@ def run(*command: str, timeout: float = 15.0, environment: dict[str, str] | None
 
     subprocess would do, but importing it takes longer than a whole systemctl.
     """
-    import select
-    import signal
-
     variables = {**os.environ, "LC_ALL": "C", **(environment or {})}
+    deadline = monotonic() + timeout
     reader, writer = os.pipe()
-    try:
-        actions = [(os.POSIX_SPAWN_DUP2, writer, 1), (os.POSIX_SPAWN_DUP2, writer, 2)]
-        process = os.posix_spawnp(
-            command[0], command, variables, file_actions=actions, setpgroup=0, setsigdef=[signal.SIGPIPE]
-        )
-    except OSError as error:
-        os.close(reader)
-        return 127, f"{command[0]}: {error.strerror}"
-    finally:
-        os.close(writer)
-    said, deadline = bytearray(), monotonic() + timeout
-    try:
-        while select.select([reader], [], [], max(0.0, deadline - monotonic()))[0]:
-            part = os.read(reader, 65536)
+    with open(reader, "rb", buffering=0) as pipe:
+        outputs = [(os.POSIX_SPAWN_DUP2, writer, 1), (os.POSIX_SPAWN_DUP2, writer, 2)]
+        how: dict[str, Any] = {"file_actions": outputs, "setpgroup": 0, "setsigdef": [signal.SIGPIPE]}
+        try:
+            process = os.posix_spawnp(command[0], command, variables, **how)
+        except OSError as error:
+            return 127, f"{command[0]}: {error.strerror}"
+        finally:
+            os.close(writer)
+        said = b""
+        while select.select([pipe], [], [], max(0.0, deadline - monotonic()))[0]:
+            part = pipe.read(65536)
             if not part:
                 return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), said.decode(errors="replace")
-            said += part[: (1 << 20) - len(said)]
-        os.killpg(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-        return 124, said.decode(errors="replace") + f"\n{command[0]} did not answer within {timeout:.0f} s"
-    finally:
-        os.close(reader)
+            said += part
+    os.killpg(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return 124, said.decode(errors="replace") + f"\n{command[0]} did not answer within {timeout:.0f} s"
 
 
 # --- Configuration ---------------------------------------------------------------------------------------------------
 
 LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # RFC 1123
-HOST = rf"{LABEL}(?:\.{LABEL})*"
-FEATURE = r"[A-Za-z0-9][A-Za-z0-9_.:/+-]{0,63}"
-GRES = r"[A-Za-z0-9_]+(?::[A-Za-z0-9_.-]+){0,3}(?:,[A-Za-z0-9_]+(?::[A-Za-z0-9_.-]+){0,3})*"
+GRES = r"[A-Za-z0-9_]+(?::[A-Za-z0-9_.-]+){0,3}"
+PEM = r"(?:[ -~]*\n)?(?:-----BEGIN CERTIFICATE-----\n(?:[A-Za-z0-9+/=]{1,80}\n)+-----END CERTIFICATE-----\s*)+"
 TOKEN = r"bhj_[A-Za-z0-9_-]{20,128}"  # noqa: S105 (the form of a token, not a token)
-HARDWARE = "CPUs Boards Sockets SocketsPerBoard CoresPerSocket ThreadsPerCore RealMemory TmpDisk Weight Gres".split()
+KEY_SIZES = range(32, 1024 + 1)  # bytes: munge's MUNGE_MINIMUM_KEY_LEN and MUNGE_MAXIMUM_KEY_LEN
 CONFIG_LIMIT = 64 * 1024  # bytes
 DEEPEST = 8  # levels; the schema has four
-SLURM_PORT = 6817
-FETCHED = ROOT + "/run/slurm/conf/slurm.conf"  # what slurmd got from the controller
 
 
-class Broker:
-    """Where the key is fetched, and with what."""
+def endpoint(text: str, port: int = 6817) -> tuple[str, int] | None:
+    """Return host and port of host, host:port, IPv6 in brackets, or [IPv6]:port; None if it is none of them."""
+    found = re.fullmatch(rf"(?:\[([0-9A-Fa-f:.]+)\]|((?:{LABEL}\.)*{LABEL}))(?::([0-9]{{1,5}}))?", text)
+    if not found:
+        return None
+    host, port = found[1] or found[2], int(found[3] or port)
+    try:
+        if found[1]:
+            socket.inet_pton(socket.AF_INET6, host)
+        elif host.rpartition(".")[2].isdigit():  # a name cannot end in a number: RFC 1123, 2.1
+            socket.inet_pton(socket.AF_INET, host)
+    except OSError:
+        return None
+    return (host, port) if 0 < port < 1 << 16 else None
 
-    def __init__(self, host: str, port: int, token: str, ca: str) -> None:
-        self.host, self.port, self.token, self.ca = host, port, token, ca
+
+def broker_address(url: str) -> tuple[str, int] | None:
+    """Return host and port of https://HOST:PORT."""
+    return endpoint(url.removeprefix("https://").removesuffix("/"), 8444) if url.startswith("https://") else None
+
+
+def encoded(key: bytes) -> str:
+    """Return a key as user-data holds it."""
+    return binascii.b2a_base64(key, newline=False).decode()
+
+
+def decoded(text: str) -> bytes:
+    """Return the key that canonical base64 on one line holds; nothing if it is not that."""
+    try:
+        key = binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
+        return b""
+    return key if encoded(key) == text and len(key) in KEY_SIZES else b""
+
+
+# What join.yaml may hold. A text: its form or a function that knows it, and its name. A list: its entries and how many.
+COUNT, COUNT_OR_0 = ("[1-9][0-9]{0,8}", "a whole number from 1"), ("0|[1-9][0-9]{0,8}", "a whole number from 0")
+COUNTS = "CPUs Boards Sockets SocketsPerBoard CoresPerSocket ThreadsPerCore RealMemory".split()
+SCHEMA: dict[str, Any] = {
+    "platform": ("slurm", "a platform that this agent knows: slurm"),
+    "node": {"name": (rf"{LABEL}(?:\..*)?", "a host name: letters, digits and -, at most 63")},
+    "slurm": {
+        "controllers": [(endpoint, "host or host:port (an IPv6 address stands in brackets)"), 8],
+        "authentication": ("munge|slurm", "munge or slurm"),
+        "features": [("[A-Za-z0-9][A-Za-z0-9_.:/+-]{0,63}", "a feature: letters, digits and _.:/+-"), 64],
+        "hardware": {
+            **dict.fromkeys(COUNTS, COUNT),
+            **dict.fromkeys(["TmpDisk", "Weight"], COUNT_OR_0),
+            "Gres": (f"{GRES}(?:,{GRES})*", "a list such as gpu:a100:4,shard:8"),
+        },
+    },
+    "secret": {
+        "inline": (decoded, "the key, 32 to 1024 bytes, in base64 on one line (base64 --wrap=0 /etc/munge/munge.key)"),
+        "broker": {
+            "url": (broker_address, "https://HOST:PORT, without user, password or path"),
+            "token": (TOKEN, "a token of invoke join.token (bhj_...)"),
+            "ca": (PEM, "the certificate of the CA, in PEM form"),
+        },
+    },
+}
+REQUIRED = {"platform", "slurm", "slurm.controllers", "secret.broker.url", "secret.broker.ca"}
 
 
 class Config:
     """What join.yaml says, checked: nothing in here can break out of a command line or an environment file."""
 
-    platform = "slurm"
-    name = ""
-    authentication = "munge"
-    inline = b""
-    broker: Broker | None = None
+    clock_off = 0.0  # seconds that this node's clock is ahead of the broker's, once that has answered
 
-    def __init__(self) -> None:
-        self.controllers: list[tuple[str, int]] = []
-        self.features: list[str] = []
-        self.hardware: dict[str, str] = {}
+    def __init__(self, document: Any, text: bytes) -> None:
+        slurm, secret = document["slurm"], document.get("secret") or {}
+        broker = secret.get("broker") or {}
+        self.text, self.platform = text, document["platform"]
+        self.name = ((document.get("node") or {}).get("name") or "").partition(".")[0]
+        self.controllers: list[Any] = [endpoint(entry) for entry in slurm["controllers"]]
+        self.authentication = slurm.get("authentication") or "munge"
+        self.features: list[str] = slurm.get("features") or []
+        self.hardware = {key: value for key, value in (slurm.get("hardware") or {}).items() if value}
+        self.inline = decoded(secret.get("inline") or "")
+        self.broker = broker_address(broker.get("url") or "")
+        self.token, self.ca = broker.get("token") or "", broker.get("ca")
+        self.key_file = KEY_FILES[self.authentication]
 
     @property
     def holds_secret(self) -> bool:
         """True while the file holds what nobody else may read."""
-        return bool(self.inline or (self.broker and self.broker.token))
+        return bool(self.inline or self.token)
 
 
-class Faults(list):  # type: ignore[type-arg]
-    """All that is wrong with a configuration."""
-
-    def say(self, where: str, what: str) -> None:
-        """Add a fault, with the place where it is."""
-        self.append(plain(f"{where}: {what}" if where else what))
-
-
-def parse(data: bytes) -> tuple[Config, list[str]]:
-    """Read a configuration. The list says all that is wrong with it; the configuration holds only if that is empty."""
-    faults = Faults()
+def parse(data: bytes) -> tuple[Config | None, list[str]]:
+    """Read a configuration. The list says all that is wrong with it."""
+    faults: list[str] = []
     document = read_yaml(data, faults)
-    config = Config()
     if not faults:
-        check_top(document, config, faults)
-    return config, faults
+        check_mapping(document or {}, SCHEMA, "", faults)
+    return None if faults else Config(document, data), [plain(fault) for fault in faults]
 
 
-def read_yaml(data: bytes, faults: Faults) -> Any:
-    """Return the document as mappings, lists and scalars.
+def read_yaml(data: bytes, faults: list[str]) -> Any:
+    """Return the document as mappings, lists and texts, or None; what is wrong or not taken goes to ``faults``.
 
-    Built from the parser's events: no aliases (a bomb needs them), no tags, no duplicate keys, no deep nesting.
+    It is read from the parser's events: nothing is built of what is refused, however deep or often repeated.
     """
-    if len(data) > CONFIG_LIMIT:
-        return faults.say("", f"the file has more than {CONFIG_LIMIT // 1024} KiB")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return faults.say(f"byte {error.start}", "the file is not UTF-8 text")
-    for number, line in enumerate(text.split("\n"), 1):
-        if any((c < " " and c not in "\t\r") or "\x7f" <= c <= "\x9f" for c in line):
-            return faults.say(f"line {number}", "holds a control character")
     if "/usr/lib/python3/dist-packages" not in sys.path:
         sys.path.append("/usr/lib/python3/dist-packages")  # the launcher starts Python without it: that is quicker
     import yaml
 
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    documents = []
     try:
-        return build(yaml.parse(text, Loader=loader), faults)
+        if len(data) > CONFIG_LIMIT:
+            raise ValueError(f"the file has more than {CONFIG_LIMIT // 1024} KiB")
+        text = data.decode("utf-8")
+        if bad := re.search(r"[^\t\r\n -~\xa0-\U0010ffff]", text):
+            line = text.count("\n", 0, bad.start()) + 1
+            raise ValueError(f"line {line}: holds a control character")
+        events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        for event in events:
+            if isinstance(event, yaml.DocumentStartEvent):
+                documents.append(value_of(next(events), events, faults))
+        if len(documents) != 1:
+            raise ValueError("more than one document" if documents else "the file is empty")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be read"
-        return faults.say(f"line {mark.line + 1}" if mark else "", f"not YAML: {what}")
+        what = f"not YAML: {getattr(error, 'problem', None) or error}"
+        faults.append(f"line {mark.line + 1}: {what}" if mark else what)
+    except UnicodeDecodeError as error:
+        faults.append(f"byte {error.start}: the file is not UTF-8 text")
+    except ValueError as error:
+        faults.append(str(error))
+    return None if faults else documents[0]
 
 
-def build(events: Iterator[Any], faults: Faults) -> Any:
-    """Make values of the parser's events; see read_yaml()."""
-    top: list[Any] = []
-    stack: list[Any] = [top]
-    keys: list[Any] = [None]
-    for event in events:
-        kind, line = type(event).__name__, event.start_mark.line + 1
-        if kind in {"MappingEndEvent", "SequenceEndEvent"}:
-            stack.pop()
-            keys.pop()
-        elif kind in {"ScalarEvent", "MappingStartEvent", "SequenceStartEvent", "AliasEvent"}:
-            refused = not_taken(event, kind, len(stack))
-            if refused:
-                return faults.say(f"line {line}", refused)
-            value = value_of(event, kind)
-            if not place(value, stack[-1], keys, line, faults):
-                return None
-            if kind != "ScalarEvent":
-                stack.append(value)
-                keys.append(None)
-    if len(top) != 1:
-        return faults.say("", "more than one document" if top else "the file is empty")
-    return top[0]
-
-
-def not_taken(event: Any, kind: str, depth: int) -> str:
-    """Say what of YAML is not taken here, or nothing."""
-    if kind == "AliasEvent" or event.anchor:
-        return "anchors and aliases are not taken here"
-    if event.tag:
-        return "tags (!...) are not taken here"
-    if kind != "ScalarEvent" and depth > DEEPEST:
-        return f"nested deeper than {DEEPEST} levels"
-    return ""
-
-
-def value_of(event: Any, kind: str) -> Any:
-    """Return a scalar's text, None for nothing, or an empty list or mapping to fill.
+def value_of(first: Any, events: Iterator[Any], faults: list[str], depth: int = 1) -> Any:
+    """Return what begins with an event: a text, None, a list or a mapping. ValueError if it is not taken.
 
     Types are the schema's business, so that ``name: 010`` stays as it is written.
     """
-    if kind == "MappingStartEvent":
-        return {}
+    kind, where = type(first).__name__, f"line {first.start_mark.line + 1}"
+    if kind == "AliasEvent" or first.anchor:
+        raise ValueError(f"{where}: anchors and aliases are not taken here")
+    if first.tag:
+        raise ValueError(f"{where}: tags (!...) are not taken here")
+    if kind == "ScalarEvent":
+        nothing = not first.style and first.value in {"", "~", "null", "Null", "NULL"}
+        return None if nothing else first.value
+    if depth > DEEPEST:
+        raise ValueError(f"{where}: nested deeper than {DEEPEST} levels")
+    inner = itertools.takewhile(lambda event: not type(event).__name__.endswith("EndEvent"), events)
     if kind == "SequenceStartEvent":
-        return []
-    empty = event.style in {None, ""} and event.value in {"", "~", "null", "Null", "NULL"}
-    return None if empty else str(event.value)
+        return [value_of(event, events, faults, depth + 1) for event in inner]
+    mapping: dict[str, Any] = {}
+    for event in inner:
+        where = f"line {event.start_mark.line + 1}"
+        key = value_of(event, events, faults, depth + 1)
+        if not isinstance(key, str):
+            raise ValueError(f"{where}: a key must be a word")
+        if key in mapping:
+            faults.append(f"{where}: {key} stands here a second time")
+        mapping[key] = value_of(next(events), events, faults, depth + 1)
+    return mapping
 
 
-def place(value: Any, parent: Any, keys: list[Any], line: int, faults: Faults) -> bool:
-    """Put a value where it belongs: into its list, or as key or value of its mapping."""
-    if isinstance(parent, list):
-        parent.append(value)
-    elif keys[-1] is None:
-        if not isinstance(value, str):
-            faults.say(f"line {line}", "a key must be a word")
-            return False
-        if value in parent:
-            faults.say(f"line {line}", f"{value} stands here a second time")
-        parent.setdefault(value, None)
-        keys[-1] = value
-    else:
-        parent[keys[-1]] = value
-        keys[-1] = None
-    return True
-
-
-def fields(value: Any, where: str, known: list[str], faults: Faults) -> dict[str, Any]:
-    """Return a mapping's fields; what is not known is named, with what may have been meant."""
-    if value is None:
-        return {}
+def check_mapping(value: Any, rules: dict[str, Any], where: str, faults: list[str]) -> None:
+    """Compare a mapping with the schema; what is not known is named, with what may have been meant."""
     if not isinstance(value, dict):
-        faults.say(where or "the file", f"must be a mapping with {', '.join(known)}")
-        return {}
+        faults.append(f"{where or 'the file'}: must be a mapping with {', '.join(rules)}")
+        return
     for key in value:
-        if key not in known:
+        if key not in rules:
             import difflib
 
-            near = difflib.get_close_matches(key.lower(), [k.lower() for k in known], 1)
-            meant = next((k for k in known if near and k.lower() == near[0]), "")
-            place_of = f"{where}.{key}" if where else str(key)
-            faults.say(plain(place_of, 80), f"not known; did you mean {meant}?" if meant else "not known")
-    return value
+            near = {name.lower(): name for name in rules}
+            meant = difflib.get_close_matches(key.lower(), near, 1)
+            what = f"not known; did you mean {near[meant[0]]}?" if meant else "not known"
+            faults.append(f"{plain(f'{where}.{key}'.strip('.'), 80)}: {what}")
+    for key, rule in rules.items():
+        place = f"{where}.{key}".strip(".")
+        if value.get(key) not in (None, []):
+            check_value(value[key], rule, place, faults)
+        elif place in REQUIRED and isinstance(rule, dict):
+            check_mapping({}, rule, place, faults)
+        elif place in REQUIRED:
+            faults.append(f"{place}: is missing")
+    if where == "secret" and value.get("inline") and value.get("broker"):
+        faults.append("secret: takes inline or broker, not both")
 
 
-def string(value: Any, where: str, pattern: str, what: str, faults: Faults) -> str:
-    """Return a text that has the form it must have, or an empty one."""
-    import re
-
-    if not isinstance(value, str):
-        faults.say(where, f"must be {what}")
-    elif not re.fullmatch(pattern, value):
-        faults.say(where, f"{plain(repr(str(value)), 60)} is not {what}")
-    else:
-        return str(value)
-    return ""
-
-
-def strings(value: Any, where: str, most: int, faults: Faults) -> list[Any]:
-    """Return a list of at most ``most`` entries."""
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        faults.say(where, "must be a list")
-        return []
-    if len(value) > most:
-        faults.say(where, f"holds more than {most} entries")
-    return value[:most]
-
-
-def number(value: Any, where: str, least: int, most: int, faults: Faults) -> int:
-    """Return a whole number between two limits, or the least one."""
-    text = value if isinstance(value, str) else ""
-    if not (text.isascii() and text.isdigit() and len(text) < 12 and least <= int(text) <= most):  # noqa: PLR2004
-        faults.say(where, f"must be a whole number from {least} to {most}")
-        return least
-    return int(text)
-
-
-def check_top(document: Any, config: Config, faults: Faults) -> None:
-    """Check the whole document."""
-    top = fields(document, "", ["platform", "node", "slurm", "secret"], faults)
-    if top.get("platform") is None:
-        faults.say("platform", "is missing; it takes: slurm")
-    else:
-        config.platform = string(
-            top["platform"], "platform", "slurm", "a platform that this agent knows: slurm", faults
-        )
-    node = fields(top.get("node"), "node", ["name"], faults)
-    if node.get("name") is not None:
-        name = node["name"].partition(".")[0] if isinstance(node["name"], str) else node["name"]
-        config.name = string(name, "node.name", LABEL, "a host name: letters, digits and -, at most 63", faults)
-    check_slurm(top.get("slurm"), config, faults)
-    check_secret(top.get("secret"), config, faults)
-
-
-def check_slurm(value: Any, config: Config, faults: Faults) -> None:
-    """Check the section slurm."""
-    slurm = fields(value, "slurm", ["controllers", "authentication", "features", "hardware"], faults)
-    if slurm.get("authentication") is not None:
-        config.authentication = string(
-            slurm["authentication"], "slurm.authentication", "munge|slurm", "munge or slurm", faults
-        )
-    found = strings(slurm.get("controllers"), "slurm.controllers", 8, faults)
-    if not found:
-        faults.say("slurm.controllers", "is missing; it takes a list of host or host:port")
-    for index, text in enumerate(found):
-        address = endpoint(text, f"slurm.controllers[{index}]", SLURM_PORT, faults)
-        if address:
-            config.controllers.append(address)
-    for index, text in enumerate(strings(slurm.get("features"), "slurm.features", 64, faults)):
-        feature = string(text, f"slurm.features[{index}]", FEATURE, "a feature: letters, digits and _.:/+-", faults)
-        config.features.append(feature)
-    hardware = fields(slurm.get("hardware"), "slurm.hardware", HARDWARE, faults)
-    for key in HARDWARE:
-        if hardware.get(key) is None:
-            continue
-        where = f"slurm.hardware.{key}"
-        if key == "Gres":
-            config.hardware[key] = string(hardware[key], where, GRES, "a list such as gpu:a100:4,shard:8", faults)
+def check_value(value: Any, rule: Any, where: str, faults: list[str]) -> None:
+    """Compare a value with its rule in the schema. What stands below ``secret`` is never repeated."""
+    if isinstance(rule, dict):
+        check_mapping(value, rule, where, faults)
+    elif isinstance(rule, list):
+        if not isinstance(value, list):
+            faults.append(f"{where}: must be a list")
+        elif len(value) > rule[1]:
+            faults.append(f"{where}: holds more than {rule[1]} entries")
         else:
-            least = 0 if key in {"Weight", "TmpDisk"} else 1
-            config.hardware[key] = str(number(hardware[key], where, least, 2**31, faults))
+            for index, entry in enumerate(value):
+                check_value(entry, rule[0], f"{where}[{index}]", faults)
+    else:
+        form, what = rule
+        if not isinstance(value, str) or not (re.fullmatch(form, value) if isinstance(form, str) else form(value)):
+            shown = isinstance(value, str) and not where.startswith("secret")
+            faults.append(f"{where}: {f'{plain(repr(value), 60)} is not' if shown else 'must be'} {what}")
 
 
-def endpoint(value: Any, where: str, default_port: int, faults: Faults) -> tuple[str, int] | None:
-    """Return host and port of host, host:port, IPv6 in brackets, or [IPv6]:port."""
-    import re
-    import socket
-
-    found = (
-        re.fullmatch(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([^\[\]:\s]{1,253}))(?::([0-9]{1,5}))?", value or "", re.ASCII)
-        if isinstance(value, str)
-        else None
-    )
-    if not found:
-        faults.say(where, f"{plain(repr(value), 80)} is not host or host:port (an IPv6 address stands in brackets)")
-        return None
-    v6, host, port = found.groups()
-    try:
-        if v6:
-            socket.inet_pton(socket.AF_INET6, v6)
-        elif re.fullmatch(r"(?:.*\.)?[0-9]+", host):
-            socket.inet_pton(socket.AF_INET, host)  # a name cannot end in a number: RFC 1123, 2.1
-        elif not re.fullmatch(HOST, host):
-            raise ValueError
-    except (OSError, ValueError):
-        faults.say(where, f"{plain(repr(v6 or host), 80)} is neither a host name nor an address")
-        return None
-    return v6 or host, number(port, where + " (port)", 1, 65535, faults) if port else default_port
-
-
-def check_secret(value: Any, config: Config, faults: Faults) -> None:
-    """Check the section secret. What it holds is never repeated in a fault."""
-    import binascii
-
-    secret = fields(value, "secret", ["inline", "broker"], faults)
-    if secret.get("inline") is not None and secret.get("broker") is not None:
-        faults.say("secret", "takes inline or broker, not both")
-    if secret.get("inline") is not None:
-        text = secret["inline"] if isinstance(secret["inline"], str) else ""
-        try:
-            key = binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
-            canonical = binascii.b2a_base64(key, newline=False) == text.encode("ascii")
-        except (ValueError, UnicodeEncodeError):
-            key, canonical = b"", False
-        if not canonical:
-            faults.say("secret.inline", "must be the key in base64 on one line (base64 --wrap=0 /etc/munge/munge.key)")
-        elif not 32 <= len(key) <= 1024:  # noqa: PLR2004 (munge's MUNGE_MINIMUM_KEY_LEN and _MAXIMUM_)
-            faults.say("secret.inline", f"must be a key of 32 to 1024 bytes; this one has {len(key)}")
-        config.inline = key
-    if secret.get("broker") is not None:
-        check_broker(secret["broker"], config, faults)
-
-
-def check_broker(value: Any, config: Config, faults: Faults) -> None:
-    """Check the section secret.broker."""
-    import re
-
-    broker = fields(value, "secret.broker", ["url", "token", "ca"], faults)
-    url = broker.get("url")
-    found = re.fullmatch(r"https://([^/@\s]+)/?", url) if isinstance(url, str) else None
-    if not found:
-        faults.say("secret.broker.url", "must be https://HOST:PORT, without user, password or path")
-    address = endpoint(found[1], "secret.broker.url", 8444, faults) if found else None
-    token = broker.get("token") or ""
-    if token and not (isinstance(token, str) and re.fullmatch(TOKEN, token)):
-        faults.say("secret.broker.token", "is not a token of invoke join.token (bhj_...)")
-        token = ""
-    ca = broker.get("ca")
-    line = r"[A-Za-z0-9+/=]{1,80}\n"
-    pem = rf"(?:[ -~]*\n)?(?:-----BEGIN CERTIFICATE-----\n(?:{line})+-----END CERTIFICATE-----\s*)+"
-    if not (isinstance(ca, str) and re.fullmatch(pem, ca)):
-        faults.say("secret.broker.ca", "must be the certificate of the CA, in PEM form")
-        ca = ""
-    if address:
-        config.broker = Broker(*address, str(token), str(ca))
-
-
-def load(path: str) -> tuple[Config, bytes]:
-    """Return the configuration and the file's bytes.
-
-    Raises:
-        Wait: there is no file.
-        Hopeless: something is wrong with it; all of it is named.
-    """
-    try:
-        if os.stat(path).st_mode & 0o077 and os.geteuid() == 0:
-            os.chmod(path, 0o600)
-    except FileNotFoundError:
-        raise Wait(f"there is no {path}", "cloud-init writes it from user-data; see docs/join-agent.md") from None
-    data = read(path, CONFIG_LIMIT + 1) or b""
-    config, faults = parse(data)
-    if faults:
-        raise Hopeless(
-            [f"{os.path.basename(path)}: {fault}" for fault in faults],
-            f"correct {path}; the agent starts again when the file changes",
-            INVALID,
-        )
-    return config, data
+def load() -> Config:
+    """Return the configuration. Hopeless if something is wrong with it; all of it is named."""
+    if not os.path.exists(CONFIG):
+        raise Wait(f"there is no {CONFIG}", "cloud-init writes it from user-data; see docs/join-agent.md")
+    if os.stat(CONFIG).st_mode & 0o077 and os.geteuid() == 0:
+        os.chmod(CONFIG, 0o600)
+    config, faults = parse(read(CONFIG, CONFIG_LIMIT + 1))
+    if not config:
+        again = f"correct {CONFIG}; the agent starts again when the file changes"
+        raise Hopeless([f"join.yaml: {fault}" for fault in faults], again, INVALID)
+    return config
 
 
 # --- Status ----------------------------------------------------------------------------------------------------------
@@ -575,42 +449,36 @@ def load(path: str) -> tuple[Config, bytes]:
 class Status:
     """What the agent is at: in the status file, on the console, in the journal, and for systemd."""
 
-    def __init__(self, console: bool = False, quiet: bool = False) -> None:
-        self.console, self.quiet = console, quiet
+    def __init__(self, console: bool = False) -> None:
+        self.console = console
         self.data: dict[str, Any] = {
             "state": "starting", "phase": "started", "waiting_for": "", "hint": "", "attempt": 0, "next_try": 0,
             "platform": "", "node": "", "controller": "", "address": "", "faults": [], "warnings": [],
             "since": round(monotonic(), 3), "updated": 0, "timeline": [],
         }  # fmt: skip
-        self.said = ""
 
     def moment(self, name: str, detail: str = "", again: bool = False) -> None:
         """A level is reached: note when, the first time, and say so; with ``again`` the next times too."""
-        if any(name == known for known, _ in self.data["timeline"]):
-            if again:
-                self.say(name, detail)
-            return
+        first = all(name != known for known, _ in self.data["timeline"])
         now = monotonic()
-        self.data["timeline"].append([name, round(now, 3)])
-        self.data["phase"] = name
-        self.say(name, detail, now)
-        self.save()
+        if first:
+            self.data["timeline"].append([name, round(now, 3)])
+            self.data["phase"] = name
+        if first or again:
+            self.say(name, detail, now)
+            self.save()
 
     def waiting(self, wait: Wait, attempt: int, delay: float) -> None:
         """Say what is waited for; aloud only when it changes."""
-        if self.data["state"] != "waiting" or self.data["waiting_for"] != wait.what:
+        if self.data["waiting_for"] != wait.what:
             self.say("waiting", f"{wait.what} ({wait.hint})" if wait.hint else wait.what)
-            self.data["since"] = round(monotonic(), 3)
-        self.data.update(
-            state="waiting", waiting_for=wait.what, hint=wait.hint, attempt=attempt, next_try=round(delay, 1)
-        )
-        self.save()
+        self.enter("waiting", wait.what, wait.hint, attempt, round(delay, 1))
 
-    def settled(self, state: str, what: str = "", hint: str = "") -> None:
-        """Note a state that lasts: joined, left or failed."""
-        if self.data["state"] != state:
+    def enter(self, state: str, what: str = "", hint: str = "", attempt: int = 0, next_try: float = 0) -> None:
+        """Note the state that the agent is in from now on."""
+        if (self.data["state"], self.data["waiting_for"]) != (state, what):
             self.data["since"] = round(monotonic(), 3)
-        self.data.update(state=state, waiting_for=what, hint=hint, attempt=0, next_try=0)
+        self.data.update(state=state, waiting_for=what, hint=hint, attempt=attempt, next_try=next_try)
         self.save()
 
     def warn(self, text: str) -> None:
@@ -621,40 +489,29 @@ class Status:
             self.say(self.data["phase"], f"warning: {text}")
 
     def say(self, name: str, detail: str, now: float | None = None) -> None:
-        """Write one line to the journal and the console."""
-        line = plain(f"bakehouse-agent: {monotonic() if now is None else now:.3f} {name} {detail}", 600) + "\n"
-        if not self.quiet:
-            try:
-                os.write(1, line.encode())
-            except OSError:
-                pass
+        """Write one line to the journal and the console; either may be gone."""
+        line = plain(f"bakehouse-agent: {now or monotonic():.3f} {name} {detail}", 600)
+        try:
+            os.write(1, f"{line}\n".encode())
+        except OSError:
+            pass
         if self.console:
             try:
-                descriptor = os.open(ROOT + "/dev/console", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+                console = os.open(ROOT + "/dev/console", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+                with open(console, "wb", buffering=0) as file:
+                    file.write(f"{line}\r\n".encode())
             except OSError:
-                return
-            try:
-                os.write(descriptor, line.replace("\n", "\r\n").encode())
-            except OSError:
-                pass  # nobody reads it
-            finally:
-                os.close(descriptor)
+                pass
         notify("STATUS=" + plain(f"{name} {detail}"))
 
     def save(self) -> None:
         """Write the status file. It lives in memory, so a full disk does not stop it."""
-        import json
-
         self.data["updated"] = round(monotonic(), 3)
         try:
             folder(RUN)
-            temporary = STATUS + ".new"
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), "w") as file:
-                os.fchmod(file.fileno(), 0o644)
-                json.dump(self.data, file)
-            os.rename(temporary, STATUS)
+            write(STATUS, json.dumps(self.data).encode(), 0o644)
         except OSError as error:
-            os.write(2, f"bakehouse-agent: cannot write {STATUS}: {error.strerror}\n".encode())
+            print(f"bakehouse-agent: cannot write {STATUS}: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def notify(text: str) -> None:
@@ -662,8 +519,6 @@ def notify(text: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    import socket
-
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
         try:
             connection.sendto(text.encode(), "\0" + address[1:] if address[0] == "@" else address)
@@ -673,278 +528,175 @@ def notify(text: str) -> None:
 
 # --- Name and secret -------------------------------------------------------------------------------------------------
 
-
-class NodeName:
-    """The name under which the node joins. Told to slurmd once: host names flip while a machine boots."""
-
-    def __init__(self) -> None:
-        self.seen, self.seen_at = "", 0.0
-
-    def find(self, config: Config) -> str:
-        """Return the name from the configuration, cloud-init, or the host name once it has settled.
-
-        Raises:
-            Wait: it has not settled.
-        """
-        import re
-
-        name = config.name or from_cloud_init()
-        name = name or (read(RUN + "/node") or b"").decode()
-        if name:
-            return name
-        if os.path.exists(CLOUD_INIT_RUNS) and not os.path.exists(INSTANCE_DATA) and monotonic() < CLOUD_INIT_LIMIT:
-            raise Soon("cloud-init to say what this node is called", "or set node.name in join.yaml")
-        host = (read(ROOT + "/proc/sys/kernel/hostname") or os.uname().nodename.encode()).decode("ascii", "replace")
-        name = host.strip().partition(".")[0]
-        if name != self.seen:
-            self.seen, self.seen_at = name, monotonic()
-        if name in UNSETTLED_NAMES or not re.fullmatch(LABEL, name):
-            raise Wait(f"the host name is still {name or 'empty'}", "set node.name in join.yaml, or the host name")
-        if monotonic() - self.seen_at < SETTLING:
-            raise Soon(f"the host name {name} to settle")
-        write_run("node", name)  # whatever it becomes later, this is the name until the next boot
-        return name
+UNSETTLED_NAMES = {"", "(none)", "localhost", "debian"}
+HEADER = b"# The agent has taken the secret out of this file: the key is in its place, a token works only once.\n"
 
 
-def from_cloud_init() -> str:
+def is_name(name: str) -> bool:
+    """True for a host name that says something."""
+    return name not in UNSETTLED_NAMES and re.fullmatch(LABEL, name) is not None
+
+
+def name_of_cloud() -> str:
     """Return the instance's name as the cloud has it, or an empty text."""
-    import json
-    import re
-
     try:
-        data = json.loads(read(INSTANCE_DATA) or b"{}")
-        name = str(data["v1"]["local_hostname"]).partition(".")[0]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        name = str(json.loads(read(INSTANCE_DATA))["v1"]["local_hostname"]).partition(".")[0]
+    except (ValueError, KeyError, TypeError):
         return ""
-    return name if re.fullmatch(LABEL, name) and name not in UNSETTLED_NAMES else ""
+    return name if is_name(name) else ""
 
 
-class Key:
-    """The cluster's key on this node."""
-
-    def __init__(self, authentication: str) -> None:
-        self.munge = authentication == "munge"
-        self.folder = ROOT + ("/etc/munge" if self.munge else "/etc/slurm")
-        self.path = self.folder + ("/munge.key" if self.munge else "/slurm.key")
-        self.owner = "munge" if self.munge else "slurm"
-
-    def store(self, key: bytes) -> bool:
-        """Put the key into its place; False if it is there already."""
-        folder_owner, folder_mode = ("munge", 0o700) if self.munge else ("root", 0o755)
-        if not os.path.isdir(self.folder):
-            os.mkdir(self.folder, folder_mode)
-        own(self.folder, folder_owner)
-        os.chmod(self.folder, folder_mode)
-        mode = 0o400 if self.munge else 0o600
-        if read(self.path) == key:
-            own(self.path, self.owner)
-            os.chmod(self.path, mode)
-            return False
-        write(self.path, key, mode, self.owner)
-        return True
+def node_name(config: Config) -> str:
+    """Return the name from the configuration, the cloud, or the host name once it has settled."""
+    name = config.name or name_of_cloud() or noted("node")
+    if name:
+        return name
+    if os.path.exists(CLOUD_INIT_RUNS) and not os.path.exists(INSTANCE_DATA) and monotonic() < CLOUD_INIT_LIMIT:
+        raise Soon("cloud-init to say what this node is called", "or set node.name in join.yaml")
+    host = read(ROOT + "/proc/sys/kernel/hostname").decode("ascii", "replace").strip()
+    name = host.partition(".")[0]
+    seen, _, since = noted("host-name").rpartition(" ")
+    if seen != name:
+        since = str(monotonic())
+        note("host-name", f"{name} {since}")
+    if not is_name(name):
+        raise Wait(f"the host name is still {name or 'empty'}", "set node.name in join.yaml, or the host name")
+    if monotonic() - float(since) < SETTLING:
+        raise Soon(f"the host name {name} to settle")
+    note("node", name)  # whatever the host name becomes later, this is the name until the next boot
+    return name
 
 
-def place_secret(config: Config, path: str, node: str) -> str:
-    """Bring the key into its place and take it, or the token, out of join.yaml.
+def place_secret(config: Config, node: str) -> str:
+    """Bring the key into its place and take it, or the token, out of join.yaml. Returns what was done.
 
-    Returns:
-        What was done, as the detail of the console's line.
-
-    Raises:
-        Wait: there is no key yet.
-        Hopeless: the broker refuses the token.
+    Where the secret came from is noted before the key is stored: then a kill cannot lose what is known of it.
     """
-    key = Key(config.authentication)
-    done = "the key is in its place"
+    done, aside = "the key is in its place", f"{RUN}/key-{digest(config.token.encode())}" if config.token else ""
     if config.inline:
-        note_source("inline")
-        done = "stored the key of join.yaml" if key.store(config.inline) else done
-    elif config.broker and config.broker.token and not is_spent(config.broker.token, key.path):
-        found = kept_aside(config.broker.token) or fetch(config, config.broker, node)
-        # The token is spent: whatever happens on the way to the disk, the key must not be lost.
-        keep_aside(config.broker.token, found)
-        note_source("broker", config.broker.token, found)
-        key.store(found)
-        remove(ASIDE)
+        note_source({"source": "inline"})
+        store_key(config, config.inline)
+        done = "stored the key of join.yaml"
+    elif config.token and source() != receipt(config.token, read(config.key_file)):
+        key = read(aside) or fetch(config, node)
+        # The token is spent. The disk may be full, so the key is kept in memory, for root only, until it is stored.
+        write(aside, key)
+        note_source(receipt(config.token, key))
+        store_key(config, key)
         done = "fetched the key from the broker"
-    elif not os.path.exists(key.path):
-        raise Wait(
-            f"there is no key in {key.path}, and join.yaml has none",
-            f"add secret.inline or secret.broker with a token to {path}, or put the key there",
-        )
+    elif not os.path.exists(config.key_file):
+        hint = f"add secret.inline or secret.broker with a token to {CONFIG}, or put the key there"
+        raise Wait(f"there is no key in {config.key_file}, and join.yaml has none", hint)
     if config.holds_secret:
-        data = read(path, CONFIG_LIMIT) or b""
-        if parse(data)[0].holds_secret:
-            write(path, without_secret(data))
-        config.inline = b""
-        if config.broker:
-            config.broker.token = ""
+        if read(CONFIG) == config.text:  # else a new one has been written, which is read next
+            config.text = without_secret(config.text)
+            write(CONFIG, config.text)
+        config.inline, config.token = b"", ""
+        remove(aside)
     return done
 
 
-def note_source(source: str, token: str = "", key: bytes = b"") -> None:
-    """Remember where the secret came from. Before the key is stored: then a kill cannot lose what is known of it."""
-    import json
+def store_key(config: Config, key: bytes) -> None:
+    """Put the key into its place, unless it is there."""
+    path, owner = config.key_file, config.authentication  # the users are called munge and slurm as well
+    mode, parent_mode, parent_owner = (0o400, 0o700, "munge") if owner == "munge" else (0o600, 0o755, "root")
+    parent = os.path.dirname(path)
+    if not os.path.isdir(parent):
+        os.mkdir(parent)
+    own(parent, parent_owner)
+    os.chmod(parent, parent_mode)
+    if read(path) != key:
+        write(path, key, mode, owner)
+    own(path, owner)
+    os.chmod(path, mode)
 
-    known: dict[str, str] = {"source": source}
-    if token:
-        import hashlib
 
-        known["token"] = hashlib.sha256(token.encode()).hexdigest()
-        known["key"] = hashlib.sha256(key).hexdigest()
-    folder(STATE)
-    data = json.dumps(known).encode()
-    if read(SECRET_SOURCE) != data:
-        write(SECRET_SOURCE, data)
-
-
-def keep_aside(token: str, key: bytes) -> None:
-    """Keep a fetched key in memory, for root only, until it is in its place: the disk may be full."""
+def digest(data: bytes) -> str:
+    """Return a SHA-256 in hexadecimal digits."""
     import hashlib
 
-    write(ASIDE, hashlib.sha256(token.encode()).digest() + key)
+    return hashlib.sha256(data).hexdigest()
 
 
-def kept_aside(token: str) -> bytes:
-    """Return the key that this token brought and that could not be stored; nothing where there is none."""
-    import hashlib
-
-    mark = hashlib.sha256(token.encode()).digest()
-    data = read(ASIDE) or b""
-    return data.removeprefix(mark) if data.startswith(mark) else b""
+def receipt(token: str, key: bytes) -> dict[str, str]:
+    """Return what is noted of a token that has brought a key."""
+    return {"source": "broker", "token": digest(token.encode()), "key": digest(key)}
 
 
 def source() -> dict[str, str]:
     """Return where the secret came from, as noted."""
-    import json
-
-    try:
-        return dict(json.loads(read(SECRET_SOURCE) or b"{}"))
-    except (ValueError, TypeError):
-        return {}
+    return dict(json.loads(read(SECRET_SOURCE) or b"{}"))
 
 
-def is_spent(token: str, key_path: str) -> bool:
-    """True if this token has brought the key that is in its place: the agent was killed before it could say so."""
-    import hashlib
-
-    known = source()
-    key = read(key_path)
-    return bool(
-        key
-        and known.get("token") == hashlib.sha256(token.encode()).hexdigest()
-        and known.get("key") == hashlib.sha256(key).hexdigest()
-    )
-
-
-HEADER = b"# The agent has taken the secret out of this file: the key is in its place, a token works only once.\n"
+def note_source(known: dict[str, str]) -> None:
+    """Note where the secret came from."""
+    folder(STATE)
+    write(SECRET_SOURCE, json.dumps(known).encode())
 
 
 def without_secret(data: bytes) -> bytes:
-    """Return the configuration without its key or token, all other lines as they were.
+    """Return the configuration without its key or token.
 
     By line, to keep comments. Where that does not do (flow style, quotes), it is written anew without them.
     """
-    import json
-    import re
-
-    kept = re.sub(rb"(?m)^[ \t]+(?:inline|token)[ \t]*:[ \t]*\S[^\n]*(?:\n|\Z)", b"", data)
-    kept = kept if kept.startswith(HEADER) else HEADER + kept
-    config, faults = parse(kept)
-    before, _ = parse(data)
-    needles = [before.inline and encoded(before.inline), before.broker and before.broker.token.encode()]
-    clean = not any(needle and needle in kept for needle in needles)
-    if clean and not faults and not config.holds_secret and same(before, config):
-        return kept
-    document = read_yaml(data, Faults())
+    document = read_yaml(data, [])
     secret = document.get("secret") or {}
-    secret.pop("inline", None)
-    (secret.get("broker") or {}).pop("token", None)
+    needles = [secret.pop("inline", None), (secret.get("broker") or {}).pop("token", None)]
+    if "secret" in document:
+        document["secret"] = secret or None
+    kept = re.sub(rb"(?m)^[ \t]+(?:inline|token)[ \t]*:[ \t]*\S[^\n]*(?:\n|\Z)", b"", data)
+    kept = HEADER + kept.removeprefix(HEADER)
+    left_over = any(needle and needle.encode() in kept for needle in needles)
+    if not left_over and read_yaml(kept, []) == document:
+        return kept
     return HEADER + json.dumps(document, indent=2).encode() + b"\n"  # JSON is YAML
-
-
-def same(one: Config, other: Config) -> bool:
-    """True if two configurations differ in their secret at most."""
-    return all(
-        getattr(one, key) == getattr(other, key)
-        for key in ("platform", "name", "authentication", "controllers", "features", "hardware")
-    ) and (one.broker is None) == (other.broker is None)
-
-
-def encoded(key: bytes) -> bytes:
-    """Return a key as user-data holds it."""
-    import binascii
-
-    return binascii.b2a_base64(key, newline=False)
 
 
 # --- The broker ------------------------------------------------------------------------------------------------------
 
 
-def fetch(config: Config, broker: Broker, node: str) -> bytes:
-    """Fetch the key with the one-time token over HTTPS. Only the CA of the configuration is trusted, no proxy is used.
-
-    Raises:
-        Wait: the broker does not answer, or its certificate does not hold here and now.
-        Hopeless: it refuses the token.
-    """
+def fetch(config: Config, node: str) -> bytes:
+    """Fetch the key with the one-time token over HTTPS. Only the CA in join.yaml is trusted, no proxy is used."""
+    import email.utils
     import http.client
-    import json
     import ssl
 
-    where = f"the broker at {broker.host}:{broker.port}"
+    assert config.broker
+    where = "the broker at {}:{}".format(*config.broker)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_verify_locations(cadata=broker.ca)
+        context.load_verify_locations(cadata=config.ca)
     except ssl.SSLError:
         raise Hopeless(["join.yaml: secret.broker.ca: holds no certificate that can be read"], "", INVALID) from None
     body = json.dumps({"platform": config.platform, "node": node})
-    headers = {"Authorization": f"Bearer {broker.token}", "Content-Type": "application/json", "Connection": "close"}
-    connection = http.client.HTTPSConnection(broker.host, broker.port, timeout=10, context=context)
+    headers = {"Authorization": f"Bearer {config.token}", "Content-Type": "application/json", "Connection": "close"}
+    connection = http.client.HTTPSConnection(*config.broker, timeout=10, context=context)
     try:
         connection.request("POST", "/v1/secret", body, headers)
         response = connection.getresponse()
-        data = response.read(16 * 1024 + 1)
+        data = response.read(16 * 1024)
     except ssl.SSLCertVerificationError as error:
-        raise Wait(*certificate_trouble(where, error.verify_message)) from None
+        raise certificate_trouble(where, error.verify_message) from None
     except ssl.SSLError as error:
         raise Wait(f"{where} does not speak TLS as it should: {error.reason}", "is this the broker's port?") from None
     except OSError as error:
-        raise Wait(*no_connection(where, error)) from None
+        raise no_connection(where, error) from None
     except http.client.HTTPException as error:
         raise Wait(f"{where} does not answer in HTTP ({type(error).__name__})", "is this the broker's port?") from None
     finally:
         connection.close()
-    compare_clocks(response.getheader("Date", ""))
+    date = email.utils.parsedate_tz(response.getheader("Date", ""))
+    config.clock_off = time.time() - email.utils.mktime_tz(date) if date else 0.0
     return key_of_answer(config, node, where, response.status, data)
-
-
-clock_off = 0.0  # seconds that this node's clock is ahead of the broker's, once that has answered
-
-
-def compare_clocks(date: str) -> None:
-    """Note how far this node's clock is from the one that an HTTP answer tells."""
-    import email.utils
-
-    global clock_off  # noqa: PLW0603
-    try:
-        clock_off = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
-    except (ValueError, TypeError):
-        pass
 
 
 def key_of_answer(config: Config, node: str, where: str, status: int, data: bytes) -> bytes:
     """Return the key in the broker's answer, checked."""
-    import binascii
-    import json
-
-    answer: Any = None
-    if len(data) <= 16 * 1024:
-        try:
-            answer = json.loads(data)
-        except (ValueError, RecursionError):
-            pass
+    try:
+        answer = json.loads(data)
+    except (ValueError, RecursionError):
+        answer = None
     answer = answer if isinstance(answer, dict) else {}
     said = plain(str(answer.get("error", "")), 200)
     if status == 401:  # noqa: PLR2004
@@ -955,172 +707,122 @@ def key_of_answer(config: Config, node: str, where: str, status: int, data: byte
     if answer.get("authentication") != config.authentication:
         kind = plain(str(answer.get("authentication")), 20)
         raise Wait(f"{where} has a key for {kind}, not for {config.authentication}", "compare slurm.authentication")
-    try:
-        key = binascii.a2b_base64(str(answer.get("key", "")).encode(), strict_mode=True)
-    except ValueError:
-        key = b""
-    if not 32 <= len(key) <= 1024:  # noqa: PLR2004
+    key = decoded(str(answer.get("key")))
+    if len(key) not in KEY_SIZES:
         raise Wait(f"{where} sends no key that can be one", "see the key_file in broker.yaml")
     return key
 
 
-def certificate_trouble(where: str, message: str) -> tuple[str, str]:
+def certificate_trouble(where: str, message: str) -> Wait:
     """Say in plain words why a certificate does not hold."""
-    clock = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    if "not yet valid" in message or "expired" in message:
-        when = "is not yet valid" if "not yet" in message else "has expired"
-        return (
-            f"the certificate of {where} {when}, by this node's clock",
-            f"this node's clock says {clock}: is it right? timedatectl shows whether it is kept",
-        )
-    if "mismatch" in message or "doesn't match" in message or "not valid for" in message:
-        return f"the certificate of {where} is for another name", "use the name in the certificate in secret.broker.url"
-    return (
-        f"the certificate of {where} is not from the CA in join.yaml ({message})",
-        "compare secret.broker.ca with the CA of the broker; the wrong host may be answering",
-    )
+    is_it_right = f"{clock()}: is it right? timedatectl shows whether it is kept"
+    for words, what, hint in (
+        ("not yet valid", "is not yet valid, by this node's clock", is_it_right),
+        ("expired", "has expired, by this node's clock", is_it_right),
+        ("mismatch", "is for another name", "use the name in the certificate in secret.broker.url"),
+    ):
+        if words in message:
+            return Wait(f"the certificate of {where} {what}", hint)
+    hint = "compare secret.broker.ca with the CA of the broker; the wrong host may be answering"
+    return Wait(f"the certificate of {where} is not from the CA in join.yaml ({message})", hint)
 
 
-def no_connection(where: str, error: OSError) -> tuple[str, str]:
+def clock() -> str:
+    """Return what this node's clock says, for a comparison."""
+    return time.strftime("this node's clock says %Y-%m-%d %H:%M:%S UTC", time.gmtime())
+
+
+def no_connection(where: str, error: OSError) -> Wait:
     """Say in plain words why there is no connection."""
-    import socket
-
     if isinstance(error, socket.gaierror):
-        name = where.rpartition(" ")[2].rpartition(":")[0]
-        return f"the name {name} of {where.partition(' at ')[0]} is not found", "is the name server right? resolvectl"
-    if isinstance(error, TimeoutError) or error.errno == errno.ETIMEDOUT:
-        return f"{where} does not answer", "is a security group or firewall between? is the address right?"
-    known = {
+        who, _, address = where.partition(" at ")
+        name = address.rpartition(":")[0]
+        return Wait(f"the name {name} of {who} is not found", "is the name server right? resolvectl")
+    if isinstance(error, TimeoutError):
+        return Wait(f"{where} does not answer", "is a security group or firewall between? is the address right?")
+    what, hint = {
         errno.ECONNREFUSED: ("refuses the connection", "does it run, and on this port?"),
         errno.EHOSTUNREACH: ("cannot be reached: no route to it", "ip route; is the host up?"),
         errno.ENETUNREACH: ("cannot be reached: this node has no network to it", "networkctl; ip route"),
         errno.EADDRNOTAVAIL: ("cannot be reached: this node has no address", "networkctl; ip route"),
         errno.ECONNRESET: ("ends the connection", "see its log"),
-    }
-    what, hint = known.get(error.errno or 0, (f"cannot be reached: {error.strerror or error}", ""))
-    return f"{where} {what}", hint
+    }.get(error.errno or 0, (f"cannot be reached: {error.strerror or error}", ""))
+    return Wait(f"{where} {what}", hint)
 
 
 # --- Scrubbing -------------------------------------------------------------------------------------------------------
 
-SCRUB_LIMIT = 16 << 20  # bytes
+SCRUB_LIMIT = 16 << 20  # bytes of a file, and of what is compressed in it
+BASE64 = rb"[A-Za-z0-9+/](?:[A-Za-z0-9+/]|\r?\n[ \t]*|\\n){47,}={0,2}"  # JSON has \n for the end of a line
 
 
 def scrub(keys: list[bytes]) -> int:
-    """Overwrite the copies of keys and tokens that cloud-init keeps, and return how many files had one.
-
-    In place and with as many bytes: cloud-init's pickle and its JSON stay readable.
-    """
-    needles = [encoded(key) for key in keys if key]
+    """Overwrite the copies of keys and tokens that cloud-init keeps, and return how many files had one."""
+    needles = [encoded(key).encode() for key in keys if key]
+    trees = [os.path.join(top, name) for tree in CLOUD_COPIES for top, _, names in os.walk(tree) for name in names]
     found = 0
-    for path in copies():
+    for path in [*CLOUD_LOGS, *trees]:
         try:
             found += scrub_file(path, needles)
         except OSError as error:
-            os.write(2, plain(f"bakehouse-agent: cannot scrub {path}: {error.strerror}").encode() + b"\n")
+            print(plain(f"bakehouse-agent: cannot scrub {path}: {error.strerror}"), file=sys.stderr, flush=True)
     return found
-
-
-def copies() -> Iterator[str]:
-    """Yield the files in which cloud-init may keep user-data."""
-    yield from CLOUD_LOGS
-    for top in CLOUD_COPIES:
-        for folder, _, names in os.walk(top):
-            for name in names:
-                yield os.path.join(folder, name)
 
 
 def scrub_file(path: str, needles: list[bytes]) -> bool:
     """Overwrite what must not be in one file; True if there was something."""
-    import stat
-
-    try:
-        found = os.lstat(path)
-        if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= SCRUB_LIMIT:
-            return False
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-    except FileNotFoundError:
+    if os.path.islink(path) or not os.path.isfile(path):
         return False
-    with open(descriptor, "r+b", buffering=0) as file:
-        data = file.read(SCRUB_LIMIT) or b""
+    with open(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "r+b") as file:
+        data = file.read(SCRUB_LIMIT)
         clean = blotted(data, needles)
-        if clean == data:
-            return False
-        file.seek(0)
-        file.write(clean)
-        os.fsync(descriptor)
-    return True
+        if clean != data:
+            file.seek(0)
+            file.write(clean)
+            file.flush()
+            os.fsync(file.fileno())
+    return clean != data
 
 
-def blotted(data: bytes, needles: list[bytes]) -> bytes:
-    """Return data of the same length in which keys, tokens, and what hides them in base64 or gzip are blotted out."""
-    import re
+def blotted(data: bytes, needles: list[bytes], depth: int = 3) -> bytes:
+    """Return data without keys and tokens, and without gzip and base64 in which there are some.
 
-    result = bytearray(data)
-    for needle in needles:
-        start = data.find(needle)
-        while start >= 0:
-            result[start : start + len(needle)] = b"x" * len(needle)
-            start = data.find(needle, start + len(needle))
-    for match in re.finditer(TOKEN.encode(), data):
-        result[match.start() + 4 : match.end()] = b"x" * (match.end() - match.start() - 4)
-    for start, end, kind in hidden(data, needles, 3):
-        if kind == "gzip":
-            result[start:end] = bytes(end - start)
-        else:
-            result[start:end] = re.sub(rb"[A-Za-z0-9+/]", b"x", data[start:end].replace(b"\\n", b"\0\0")).replace(
-                b"\0\0", b"\\n"
-            )
-    return bytes(result)
-
-
-def holds(data: bytes, needles: list[bytes], depth: int) -> bool:
-    """True if data holds a key or a token, in plain or hidden."""
-    import re
-
-    if any(needle in data for needle in needles) or any(
-        match[0][4:].strip(b"x") for match in re.finditer(TOKEN.encode(), data)
-    ):
-        return True
-    return depth > 0 and next(hidden(data, needles, depth), None) is not None
-
-
-def hidden(data: bytes, needles: list[bytes], depth: int) -> Iterator[tuple[int, int, str]]:
-    r"""Yield where data holds gzip or base64 in which there is a key or a token.
-
-    User-data may come compressed, cloud-init wraps what is not text in base64, MIME parts are base64 in lines (with
-    ``\n`` written out where that is inside JSON), and write_files takes base64 too: each in the other.
+    It has the same length, so that cloud-init can still read its pickle and its JSON. User-data may come compressed,
+    cloud-init wraps what is not text in base64, MIME parts are base64 in lines, write_files takes base64 too: each in
+    the other, up to ``depth`` levels.
     """
-    import binascii
-    import re
+    if depth:
+        data = blotted_gzip(data, needles, depth - 1)
+        data = re.sub(BASE64, lambda found: blotted_base64(found[0], needles, depth - 1), data)
+    for needle in needles:
+        data = data.replace(needle, b"x" * len(needle))
+    return re.sub(TOKEN.encode(), lambda found: b"bhj_" + b"x" * (len(found[0]) - 4), data)
+
+
+def blotted_gzip(data: bytes, needles: list[bytes], depth: int) -> bytes:
+    """Return data without the gzip streams that hold something."""
     import zlib
 
-    start = data.find(b"\x1f\x8b\x08")
-    while start >= 0:
-        stream = zlib.decompressobj(31)
+    for magic in re.finditer(rb"\x1f\x8b\x08", data):
+        start, stream = magic.start(), zlib.decompressobj(31)
         try:
             inner = stream.decompress(data[start:], SCRUB_LIMIT)
         except zlib.error:
-            inner = b""
-        if inner and holds(inner, needles, depth - 1):
-            yield start, len(data) - len(stream.unused_data), "gzip"
-        start = data.find(b"\x1f\x8b\x08", start + 3)
-    for match in re.finditer(rb"[A-Za-z0-9+/](?:[A-Za-z0-9+/]|\r?\n[ \t]*|\\n){47,}={0,2}", data):
-        text = re.sub(rb"[^A-Za-z0-9+/]|\\n", b"", match[0].replace(b"\\n", b""))
-        for skip in range(4):  # a word before it may have been taken for its begin
-            part = text[skip:]
-            inner = binascii.a2b_base64(part[: len(part) // 4 * 4]) + tail(part)
-            if holds(inner, needles, depth - 1):
-                yield match.start(), match.end(), "base64"
-                break
+            continue
+        if blotted(inner, needles, depth) != inner:
+            end = len(data) - len(stream.unused_data)
+            data = data[:start] + bytes(end - start) + data[end:]
+    return data
 
 
-def tail(part: bytes) -> bytes:
-    """Return the bytes in the last, incomplete group of base64."""
-    import binascii
-
-    rest = part[len(part) // 4 * 4 :]
-    return binascii.a2b_base64(rest + b"=" * (4 - len(rest))) if len(rest) > 1 else b""
+def blotted_base64(data: bytes, needles: list[bytes], depth: int) -> bytes:
+    """Return a run of base64, blotted out if it holds something. Ends of lines stay."""
+    text = re.sub(rb"\\n|[^A-Za-z0-9+/]", b"", data)
+    for skip in range(4):  # a word before it may have been taken for its begin
+        inner = binascii.a2b_base64(text[skip:] + b"AAA"[: -len(text[skip:]) % 4])  # A is padding that always fits
+        if blotted(inner, needles, depth) != inner:
+            return re.sub(rb"\\n|[A-Za-z0-9+/]", lambda found: found[0] if found[0] == rb"\n" else b"x", data)
+    return data
 
 
 def block_metadata(status: Status) -> None:
@@ -1129,39 +831,33 @@ def block_metadata(status: Status) -> None:
     4294967295 is no user id (it means "none" in chown(2)), so the range ends before it. systemd-networkd would remove
     the rules; the element tells it not to.
     """
+    users = "1-4294967294"
     for family, address in (("-4", "169.254.169.254"), ("-6", "fe80::a9fe:a9fe")):
-        _, known = run("ip", family, "rule", "show", "priority", "100")
-        if address in known and "prohibit" in known and "1-4294967294" in known:
+        rule = ("ip", family, "rule")
+        _, known = run(*rule, "show", "priority", "100")
+        if all(word in known for word in (address, users, "prohibit")):
             continue
-        code, said = run(
-            "ip", family, "rule", "add", "priority", "100", "to", address, "uidrange", "1-4294967294", "prohibit"
-        )
+        code, said = run(*rule, "add", "priority", "100", "to", address, "uidrange", users, "prohibit")
         if code and family == "-4":
             status.warn(f"users of this node can read the key from the metadata service: ip rule says {said}")
 
 
 # --- Slurm -----------------------------------------------------------------------------------------------------------
 
-MUNGE_LOG = ROOT + "/var/log/munge/munged.log"
 MUNGE_LIFETIME = 300  # seconds that a credential is good for (munged's default), so that clocks may differ by
-SYNCHRONISED = ROOT + "/run/systemd/timesync/synchronized"  # made by systemd-timesyncd
 CLOCKS = "the clocks of this node and of the controller differ by more than five minutes"
-AUTHENTICATION = (
-    # What scontrol, slurmd or munge says; what it means; what to do.
-    ("Rewound credential", CLOCKS, "clock"),
-    ("Expired credential", CLOCKS, "clock"),
-    ("Invalid credential", "the controller's key is not this node's key", "key"),
-    ("Protocol authentication error", "the controller refuses this node's key", "key"),
-    ("authentication error", "the controller refuses this node's key", "key"),
-    ("Unauthorized credential", "the controller refuses this node's key", "key"),
-    ("Zero Bytes were transmitted", "the controller ends the connection: it may refuse this node's key", "key"),
-    ("Failed to access \"/run/munge", "munge does not run on this node", "munge"),
-    ("Incompatible versions", "the Slurm versions of this node and the controller do not fit", "version"),
-    ("Unable to contact slurm controller", "Slurm's controller does not answer", "controller"),
-    ("Connection refused", "Slurm's controller does not answer", "controller"),
-    ("timed out", "Slurm's controller does not answer", "controller"),
-    ("did not answer", "Slurm's controller does not answer", "controller"),
-)  # fmt: skip
+NO_ANSWER = "Slurm's controller does not answer"
+TROUBLES = (
+    # What scontrol, slurmd or munge says; what it means; the hint.
+    ("(rewound|expired) credential", CLOCKS, "clock"),
+    ("invalid credential", "the controller's key is not this node's key", "key"),
+    ("authentication error|unauthorized credential", "the controller refuses this node's key", "key"),
+    ("zero bytes were transmitted", "the controller ends the connection: it may refuse this node's key", "key"),
+    ('failed to access "/run/munge', "munge does not run on this node", "munge"),
+    ("incompatible versions", "the Slurm versions of this node and the controller do not fit", "version"),
+    ("unable to contact slurm controller|connection refused", NO_ANSWER, "controller"),
+    ("timed out|did not answer", NO_ANSWER, "controller"),
+)
 
 
 def answer_was_readable() -> bool:
@@ -1170,28 +866,24 @@ def answer_was_readable() -> bool:
     Slurm itself says the same in both cases. munge's log has a line only where the refusal, which is written for nobody
     in particular, could be decoded ("Unauthorized credential for client"); the time is checked after that.
     """
-    log = (read(MUNGE_LOG, 1 << 24) or b"")[-4096:].rpartition(b"Created socket")[2]
-    return any(text in log for text in (b"Unauthorized credential", b"Expired credential", b"Rewound credential"))
+    log = read(MUNGE_LOG, 1 << 24)[-4096:].rpartition(b"Created socket")[2]
+    return any(word + b" credential" in log for word in (b"Unauthorized", b"Expired", b"Rewound"))
 
 
-def trouble(said: str, key: str) -> Wait | None:
+def trouble(said: str, config: Config) -> Wait | None:
     """Return what is wrong, by what Slurm and munge say, and what to do."""
-    what, kind = next(((what, kind) for text, what, kind in AUTHENTICATION if text.lower() in said.lower()), ("", ""))
+    what, kind = next(((what, kind) for text, what, kind in TROUBLES if re.search(text, said, re.IGNORECASE)), ("", ""))
     if not kind:
         return None
-    clock = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    if kind == "key" and (answer_was_readable() or abs(clock_off) > MUNGE_LIFETIME):
+    if kind == "key" and (answer_was_readable() or abs(config.clock_off) > MUNGE_LIFETIME):
         what, kind = CLOCKS, "clock"
-    elif kind == "key" and not os.path.exists(SYNCHRONISED):
-        # Slurm says the same of both.
+    compare = f"compare sha256sum {config.key_file} on both sides"
+    if kind == "key" and not os.path.exists(SYNCHRONISED):  # Slurm says the same of both
         what += ": either the key is another one, or this node's clock is off"
-        kind = "key or clock"
+        compare += f"; {clock()}, not set by NTP (timedatectl)"
     hints = {
-        "clock": f"this node's clock says {clock}; compare date -u on both sides, and see timedatectl for NTP",
-        "key or clock": (
-            f"compare sha256sum {key} on both sides; this node's clock says {clock}, not set by NTP (timedatectl)"
-        ),
-        "key": f"compare sha256sum {key} on both sides",
+        "clock": f"{clock()}; compare date -u on both sides, and see timedatectl for NTP",
+        "key": compare,
         "munge": "journalctl -u munge",
         "version": "slurmd -V here, slurmctld -V there: the controller must not be the older one",
         "controller": "does slurmctld run, and does its port let this node in?",
@@ -1203,37 +895,17 @@ class Shown:
     """A node as the controller shows it (scontrol show node)."""
 
     def __init__(self, text: str) -> None:
-        import re
-
-        self.values = dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", text))
+        self.values: dict[str, str] = dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", text))
         reason = re.search(r"(?m)^\s*Reason=(.*?)(?: \[(\S+?)@[^\]]*\])?\s*$", text)
         self.reason, self.by = (reason[1], reason[2] or "somebody") if reason else ("", "")
-        base, *flags = self.values.get("State", "UNKNOWN").split("+")
-        self.base = base.rstrip("*~#!%$@^-")
-        self.flags = {flag.rstrip("*~#!%$@^-") for flag in flags}
-        self.responds = "*" not in self.values.get("State", "*") and "NOT_RESPONDING" not in self.flags
-
-    @property
-    def started(self) -> str:
-        """When its slurmd started, in seconds since 1970 by the node's clock; empty if it never registered."""
-        found = str(self.values.get("SlurmdStartTime", ""))
-        return found if found.isdigit() else ""
-
-    @property
-    def address(self) -> str:
-        """Where the controller reaches it."""
-        return str(self.values.get("NodeAddr", ""))
-
-    @property
-    def drained(self) -> bool:
-        """True if it takes no jobs because somebody said so."""
-        return bool(self.flags & {"DRAIN", "FAIL"}) or self.base in {"DRAINED", "DRAINING", "FAIL", "FAILING"}
-
-    @property
-    def busy(self) -> bool:
-        """True if jobs are on it."""
-        busy = {"ALLOCATED", "MIXED", "COMPLETING"}
-        return self.values.get("CPUAlloc", "0") != "0" or bool(busy & {self.base, *self.flags})
+        self.state = self.values.get("State", "UNKNOWN*")
+        self.words = {word.rstrip("*~#!%$@^-") for word in self.state.split("+")}
+        self.responds = "*" not in self.state and "NOT_RESPONDING" not in self.words
+        self.drained = bool(self.words & {"DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING"})
+        self.busy = self.values.get("CPUAlloc", "0") != "0" or bool(self.words & {"ALLOCATED", "MIXED", "COMPLETING"})
+        self.address = self.values.get("NodeAddr", "")
+        started = self.values.get("SlurmdStartTime", "")
+        self.started = started if started.isdigit() else ""  # seconds since 1970 by its clock; empty: never registered
 
 
 class Slurm:
@@ -1241,7 +913,7 @@ class Slurm:
 
     def __init__(self, config: Config, node: str) -> None:
         self.config, self.node = config, node
-        self.key = Key(config.authentication)
+        self.munge = config.authentication == "munge"
         self.controllers = ",".join(written(*address) for address in config.controllers)
         self.restarted = float("-inf")
 
@@ -1249,42 +921,36 @@ class Slurm:
         """Return what slurmd's unit reads. Each value reaches slurmd as one word (systemd.service(5), ${...})."""
         wanted = ["Feature=" + ",".join(["bakehouse", *self.config.features])]
         wanted += [f"{key}={value}" for key, value in self.config.hardware.items()]
-        lines = {
-            "BAKEHOUSE_NODE": self.node,
-            "BAKEHOUSE_CONTROLLERS": self.controllers,
-            "BAKEHOUSE_CONF": " ".join(wanted),
-        }
-        return "".join(f'{key}="{value}"\n' for key, value in lines.items()).encode()
+        return (
+            f'BAKEHOUSE_NODE="{self.node}"\nBAKEHOUSE_CONTROLLERS="{self.controllers}"\n'
+            f'BAKEHOUSE_CONF="{" ".join(wanted)}"\n'
+        ).encode()
 
     def scontrol(self, *words: str) -> tuple[int, str]:
         """Ask the controller."""
-        how = {"SLURM_CONF": FETCHED} if os.path.exists(FETCHED) else {"SLURM_CONF_SERVER": self.controllers}
+        how = {"SLURM_CONF": SLURM_CONF} if os.path.exists(SLURM_CONF) else {"SLURM_CONF_SERVER": self.controllers}
         return run("scontrol", *words, environment={"SLURM_TIME_FORMAT": "%s", **how})
 
-    def show(self) -> Shown | None:
-        """Return the node as the controller knows it, or None if it does not know it.
+    def update(self, *changes: str) -> None:
+        """Have the controller change what it knows of the node."""
+        self.scontrol("update", f"nodename={self.node}", *changes)
 
-        Raises:
-            Wait: the controller does not answer or does not take our word.
-        """
+    def show(self) -> Shown | None:
+        """Return the node as the controller knows it, or None if it does not know it."""
         code, said = self.scontrol("show", "node", self.node)
         if f"NodeName={self.node}" in said:
             return Shown(said)
         if "not found" in said or "Invalid node name" in said:
             return None
-        raise trouble(said, self.key.path) or Wait(f"scontrol says: {last_line(said) or code}")
+        last_line = said.strip().rpartition("\n")[2]
+        raise trouble(said, self.config) or Wait(f"scontrol says: {last_line or code}")
 
-    def munge(self) -> None:
-        """Start munge, once its key is there; again if the key has changed since.
-
-        Raises:
-            Wait: it does not start.
-        """
-        if not self.key.munge:
+    def start_munge(self) -> None:
+        """Start munge, once its key is there; again if the key has changed since."""
+        key = signature(self.config.key_file)
+        if not self.munge or (munge_runs() and noted("munge-key") == key):
             return
-        if munge_runs() and (read(RUN + "/munge-key") or b"").decode() == signature(self.key.path):
-            return
-        write_run("munge-key", signature(self.key.path))
+        note("munge-key", key)
         run("systemctl", "restart", "--no-block", "munge.service")
         for _ in range(100):
             time.sleep(0.02)
@@ -1292,148 +958,117 @@ class Slurm:
                 return
         raise Wait("munge to start", "journalctl -u munge")
 
-    def pid(self) -> int:
-        """Return the process number of slurmd, 0 if it does not run."""
-        _, said = run("systemctl", "show", "--property=MainPID", "--value", "slurmd.service")
-        return int(said) if said.strip().isdigit() else 0
-
     def start(self, address: str) -> None:
-        """Start slurmd unless it runs with what is wanted.
-
-        Raises:
-            Wait: another node with this name is alive.
-        """
-        wanted, state = self.environment_file(), f"{address} {signature(self.key.path)}"
-        unchanged = read(RUN + "/slurmd.env") == wanted and (read(RUN + "/slurmd-state") or b"").decode() == state
+        """Start slurmd unless it runs with what is wanted."""
+        wanted, state = self.environment_file().decode(), f"{address} {signature(self.config.key_file)}"
+        unchanged = noted("slurmd.env") == wanted and noted("slurmd-state") == state
         if unchanged and monotonic() - self.restarted < QUIET:
             return  # asking systemd each time would take the time that slurmd needs
-        running = bool(self.pid())
+        _, pid = run("systemctl", "show", "--property=MainPID", "--value", "slurmd.service")
+        running = pid.strip().isdigit() and int(pid) > 0
         if unchanged and running:
             return
         before = ""
-        if self.key.munge or running:  # Slurm's own authentication answers only beside a running slurmd
+        if self.munge or running:  # Slurm's own authentication answers only beside a running slurmd
             before = self.make_room(address, running)
-        write_run("slurmd.env", wanted.decode())
+        note("slurmd.env", wanted)
         self.restart(before, "restart" if running else "start")
-        write_run("slurmd-state", state)
+        note("slurmd-state", state)
 
     def restart(self, before: str, verb: str = "restart") -> None:
         """Start slurmd anew. Jobs survive that: their steps are processes of their own (KillMode=process)."""
-        write_run("before", f"{before} {time.time():.0f}")
+        note("before", f"{before} {time.time():.0f}")
         # slurmd's start ends only when it has registered: do not wait for that.
         code, said = run("systemctl", verb, "--no-block", "slurmd.service")
         if code:
-            raise Wait(f"slurmd cannot be started: {last_line(said)}", "systemctl status slurmd")
+            raise Wait(f"slurmd cannot be started: {said}", "systemctl status slurmd")
         self.restarted = monotonic()
 
     def make_room(self, address: str, running: bool) -> str:
-        """Remove a node of this name that was here before and is not what we are. Returns its slurmd's start time.
-
-        Raises:
-            Wait: it is alive elsewhere.
-        """
+        """Remove a node of this name that was here before and is not what we are. Returns its slurmd's start time."""
         shown = self.show()
         if shown is None:
             return ""
-        elsewhere = shown.address not in {address, self.node, ""} and resolves_to(shown.address) != address
+        elsewhere = shown.address not in {address, self.node, ""}
         if running and self.is_ours(shown):
             elsewhere = False  # it is this node, which had another address or other features until now
-        if elsewhere and shown.responds and shown.base not in {"DOWN", "FUTURE", "UNKNOWN"}:
-            port = shown.values.get("Port", "6818")
-            if shown.busy or answers(shown.address, int(port) if port.isdigit() else 6818):
-                raise Wait(
-                    f"a node named {self.node} is alive at {shown.address}",
-                    f"give one of them another name, or run bakehouse-agent leave at {shown.address}",
-                )
-        replaceable = "DYNAMIC_NORM" in shown.flags and not shown.drained and (elsewhere or not shown.busy)
+        alive = shown.responds and not shown.words & {"DOWN", "FUTURE", "UNKNOWN"}
+        if elsewhere and alive and (shown.busy or answers(shown.address, int(shown.values.get("Port", "6818")))):
+            hint = f"give one of them another name, or run bakehouse-agent leave at {shown.address}"
+            raise Wait(f"a node named {self.node} is alive at {shown.address}", hint)
+        replaceable = "DYNAMIC_NORM" in shown.words and not shown.drained and (elsewhere or not shown.busy)
         if replaceable and (elsewhere or self.differs(shown)):
             self.forget()
         return shown.started
 
     def differs(self, shown: Shown) -> bool:
         """True if the controller remembers other features or hardware than ours: it would go on doing so."""
-        known = shown.values.get("AvailableFeatures", "")
-        if set(known.split(",")) != {"bakehouse", *self.config.features}:
+        if set(shown.values.get("AvailableFeatures", "").split(",")) != {"bakehouse", *self.config.features}:
             return True
         names = {"CPUs": "CPUTot", "SocketsPerBoard": "Sockets"}
-        return any(
-            shown.values.get(names.get(key, key), value) != value
-            for key, value in self.config.hardware.items()
-            if key != "Gres"
-        )
+        wanted = {names.get(key, key): value for key, value in self.config.hardware.items() if key != "Gres"}
+        return any(shown.values.get(key, value) != value for key, value in wanted.items())
 
     def forget(self) -> None:
         """Make the controller forget the node."""
-        self.scontrol("update", f"nodename={self.node}", "state=down", f"reason={OUR_REASON}replaced")
+        self.update("state=down", f"reason={OUR_REASON}replaced")
         self.scontrol("delete", f"nodename={self.node}")
 
     def registered(self, joined: bool) -> Shown:
         """Return the node as the controller shows it, once that is this boot's slurmd.
 
         An old registration looks like a good one for minutes, so the time of slurmd's start is compared.
-
-        Raises:
-            Wait: it has not registered.
         """
-        if monotonic() - self.restarted < 5 and not os.path.exists(FETCHED):  # noqa: PLR2004
+        running = monotonic() - self.restarted
+        if running < 5 and not os.path.exists(SLURM_CONF):  # noqa: PLR2004
             raise Soon("slurmd to register")  # it begins by writing that file: no need to ask yet
         try:
             shown = self.show()
         except Wait as wait:
             # Slurm's own authentication needs a socket that slurmd has just begun to make.
-            raise Soon("slurmd to register") if monotonic() - self.restarted < QUIET else wait from None
-        if shown is None or not self.is_ours(shown):
-            if monotonic() - self.restarted > 60 and shown is None and joined:  # noqa: PLR2004
-                self.restart("")  # a controller that lost its state does not ask for us
-            raise self.why_not()
-        return shown
+            raise Soon("slurmd to register") if running < QUIET else wait from None
+        if shown and self.is_ours(shown):
+            return shown
+        if running < QUIET:
+            raise Soon("slurmd to register")
+        if joined and shown is None and running > 60:  # noqa: PLR2004
+            self.restart("")  # a controller that lost its state does not ask for us
+        _, said = run("journalctl", "--unit=slurmd", "--unit=munge", "--lines=20", "--output=cat", "--since=-2min")
+        raise trouble(said, self.config) or Wait("slurmd to register", "journalctl -u slurmd")
 
     def is_ours(self, shown: Shown) -> bool:
         """True if this is the registration of the slurmd that runs now, not one from before."""
-        before, _, since = (read(RUN + "/before") or b"").decode().partition(" ")
+        before, _, since = noted("before").partition(" ")
         if not shown.started:
             return False
-        if before:
-            return shown.started != before or abs(int(shown.started) - int(since or 0)) <= 1
-        return int(shown.started) >= int(since or 0) - 2
+        after = int(shown.started) - int(since or 0)  # seconds
+        return (shown.started != before or abs(after) <= 1) if before else after >= -2  # noqa: PLR2004
 
-    def why_not(self) -> Wait:
-        """Say why slurmd has not registered, by its last words."""
-        if monotonic() - self.restarted < QUIET:
-            return Soon("slurmd to register")
-        _, said = run("journalctl", "--unit=slurmd", "--unit=munge", "--lines=20", "--output=cat", "--since=-2min")
-        return trouble(said, self.key.path) or Wait("slurmd to register", "journalctl -u slurmd")
-
-    def idle(self, shown: Shown) -> None:
-        """Return when the controller would give the node jobs.
-
-        Raises:
-            Wait: it would not.
-        """
-        resumable = shown.reason.startswith(OUR_REASON) or any(
-            text in shown.reason.lower() for text in ("not responding", "unexpectedly rebooted")
-        )
-        if "INVALID_REG" in shown.flags or shown.base == "INVAL":
-            raise Wait(
-                f"the controller finds this node's hardware wrong: {shown.reason}",
-                "correct slurm.hardware in join.yaml, or leave it out to have it detected",
-            )
-        if (shown.drained or shown.base == "DOWN") and resumable:
-            self.scontrol("update", f"nodename={self.node}", "state=resume")
+    def check_ready(self, shown: Shown) -> None:
+        """Return when the controller would give the node jobs."""
+        reason, resume = shown.reason, f"scontrol update nodename={self.node} state=resume"
+        passed = reason.startswith(OUR_REASON) or "not responding" in reason.lower() or "rebooted" in reason
+        if shown.words & {"INVALID_REG", "INVAL"}:
+            hint = "correct slurm.hardware in join.yaml, or leave it out to have it detected"
+            raise Wait(f"the controller finds this node's hardware wrong: {reason}", hint)
+        if (shown.drained or "DOWN" in shown.words) and passed:
+            self.update("state=resume")
             raise Wait("the controller to resume this node")
         if shown.drained:
-            raise Wait(
-                f"registered, but drained by {shown.by}: {shown.reason or 'no reason given'}",
-                f"scontrol update nodename={self.node} state=resume",
-            )
-        if shown.base == "DOWN":
-            raise Wait(f"registered, but down: {shown.reason}", f"scontrol update nodename={self.node} state=resume")
+            raise Wait(f"registered, but drained by {shown.by}: {reason or 'no reason given'}", resume)
+        if "DOWN" in shown.words:
+            raise Wait(f"registered, but down: {reason}", resume)
         if not shown.responds:
-            raise Wait(
-                "the controller to reach this node", "does this node's slurmd port (6818) let the controller in?"
-            )
-        if shown.base not in {"IDLE", "MIXED", "ALLOCATED", "COMPLETING"}:
-            raise Wait(f"registered, but {shown.values.get('State')}")
+            raise Wait("the controller to reach this node", "does port 6818 of this node (slurmd) let it in?")
+        if not shown.words & {"IDLE", "MIXED", "ALLOCATED", "COMPLETING"}:
+            raise Wait(f"registered, but {shown.state}")
+
+
+def munge_runs() -> bool:
+    """Return if munged runs and has its socket. Connecting to it would leave a line in its log each time."""
+    pid = read(ROOT + "/run/munge/munged.pid").decode().strip()
+    runs = read(f"{ROOT}/proc/{pid}/comm").strip() == b"munged"
+    return runs and os.path.exists(ROOT + "/run/munge/munge.socket.2")
 
 
 def written(host: str, port: int) -> str:
@@ -1441,32 +1076,8 @@ def written(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def write_run(name: str, text: str) -> None:
-    """Write a file that is good until the next boot."""
-    folder(RUN)
-    write(f"{RUN}/{name}", text.encode())
-
-
-def last_line(text: str) -> str:
-    """Return the last line that says something."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    return plain(lines[-1], 200) if lines else ""
-
-
-def munge_runs() -> bool:
-    """Return if munged runs and has its socket. Connecting to it would leave a line in its log each time."""
-    pid = (read(ROOT + "/run/munge/munged.pid") or b"").strip()
-    return (
-        pid.isdigit()
-        and (read(f"{ROOT}/proc/{pid.decode()}/comm") or b"").strip() == b"munged"
-        and os.path.exists(ROOT + "/run/munge/munge.socket.2")
-    )
-
-
 def answers(host: str, port: int) -> bool:
     """True if something listens there."""
-    import socket
-
     try:
         socket.create_connection((host, port), 2).close()
     except OSError:
@@ -1474,46 +1085,27 @@ def answers(host: str, port: int) -> bool:
     return True
 
 
-def resolves_to(host: str) -> str:
-    """Return the first address of a name, or an empty text."""
-    import socket
-
-    try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError:
-        return ""
-
-
 def reach(controllers: list[tuple[str, int]]) -> tuple[str, str]:
-    """Connect to the first controller that answers; return its address and ours.
-
-    Raises:
-        Wait: none does. The sentence is about the first one.
-    """
-    import socket
-
-    trouble: Wait | None = None
+    """Connect to the first controller that answers; return its address and ours."""
+    waits = []
     for host, port in controllers:
         try:
-            connection: socket.socket = socket.create_connection((host, port), 3)
+            connection = socket.create_connection((host, port), 3)
         except OSError as error:
-            trouble = trouble or Wait(*no_connection(f"the controller at {written(host, port)}", error))
+            waits.append(no_connection(f"the controller at {written(host, port)}", error))
             continue
         with connection:
             return written(*connection.getpeername()[:2]), str(connection.getsockname()[0])
-    raise trouble or Wait("a controller")
+    raise waits[0]
 
 
 def own_address(controller: str) -> str:
     """Return the address from which this node would talk to the controller, without sending anything."""
-    import socket
-
     host, _, port = controller.rpartition(":")
-    host = host.strip("[]")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((host, int(port)))
-        except OSError:
+            probe.connect((host.strip("[]"), int(port)))
+        except (OSError, ValueError):
             return ""
         return str(probe.getsockname()[0])
 
@@ -1524,94 +1116,95 @@ def own_address(controller: str) -> str:
 class Join:
     """The passes of one agent."""
 
-    def __init__(self, path: str, status: Status) -> None:
-        self.path, self.status = path, status
-        self.name = NodeName()
+    def __init__(self, status: Status) -> None:
+        self.status, self.data = status, status.data
         self.config: Config | None = None
-        self.loaded = ""
         self.slurm: Slurm | None = None
+        self.loaded = ""  # the signature of the join.yaml that was read
         self.joined = False
         self.blocked = False  # users from the metadata service, in this run
 
     def changed(self) -> bool:
         """True if join.yaml is not the file that was read."""
-        return bool(self.loaded) and signature(self.path) not in {self.loaded, ""}
-
-    def settles(self, deadline: float) -> bool:
-        """True if the configuration changes within a moment: it was read while somebody wrote it."""
-        try:
-            pause(BEING_WRITTEN, self.changed, deadline)
-        except TimedOut:
-            return False
-        return self.changed()
+        return bool(self.loaded) and signature(CONFIG) not in {self.loaded, ""}
 
     def once(self) -> None:
-        """Look at each level and do what is missing. Returns when the node is a member.
-
-        Raises:
-            Wait: a level is not reached.
-            Hopeless: it cannot be.
-        """
-        status = self.status.data
+        """Look at each level and do what is missing. Returns when the node is a member."""
         if self.config is None or self.changed():
-            self.loaded, self.config, self.slurm = signature(self.path), None, None
-            self.config, _ = load(self.path)
-            status.update(platform=self.config.platform, controller="", faults=[])
-            self.status.moment("configured", f"{self.config.platform} {self.path}", again=True)
-        config = self.config
+            self.loaded, self.config, self.slurm = signature(CONFIG), None, None
+            self.config = load()
+            self.data.update(platform=self.config.platform, controller="", faults=[])
+            self.status.moment("configured", f"{self.config.platform} {CONFIG}", again=True)
         if self.slurm is None:
-            status["node"] = self.name.find(config)
-            if config.broker and config.broker.token:
-                self.reach(config)
-            self.status.moment("secret", place_secret(config, self.path, status["node"]))
-            self.loaded = signature(self.path)
-            self.slurm = Slurm(config, status["node"])
-        if not os.path.exists(self.slurm.key.path):
+            self.slurm = self.prepare(self.config)
+        if not os.path.exists(self.config.key_file):
             self.slurm = None
-            raise Wait("the key has gone", "")
-        if not status["controller"]:
+            raise Wait("the key has gone")
+        if not self.data["controller"]:
+            self.reach(self.config)
+        self.status.moment("controller", self.data["controller"])
+        self.start(self.slurm)
+
+    def prepare(self, config: Config) -> Slurm:
+        """Find the name and the key."""
+        self.data["node"] = node_name(config)
+        if config.token:
             self.reach(config)
-        self.services(self.slurm)
+        self.status.moment("secret", place_secret(config, self.data["node"]))
+        if read(CONFIG) == config.text:
+            self.loaded = signature(CONFIG)
+        return Slurm(config, self.data["node"])
 
     def reach(self, config: Config) -> None:
         """Find a controller that answers."""
-        status = self.status.data
-        status["controller"], status["address"] = reach(config.controllers)
-        self.status.moment("network", status["address"])
+        self.data["controller"], self.data["address"] = reach(config.controllers)
+        self.status.moment("network", self.data["address"])
 
-    def services(self, slurm: Slurm) -> None:
+    def start(self, slurm: Slurm) -> None:
         """Start what Slurm needs and wait for the controller's word."""
-        status = self.status.data
-        self.status.moment("controller", status["controller"])
         if not self.blocked or self.joined:
             self.blocked = True
             if source().get("source") == "inline":
                 block_metadata(self.status)
         try:
-            slurm.munge()
-            slurm.start(status["address"])
-            self.status.moment("services", "munge slurmd" if slurm.key.munge else "slurmd")
+            slurm.start_munge()
+            slurm.start(self.data["address"])
+            self.status.moment("services", "munge slurmd" if slurm.munge else "slurmd")
             shown = slurm.registered(self.joined)
         except NoAnswer:
-            status["controller"] = ""  # begin there again
+            self.data["controller"] = ""  # begin there again
             raise
-        self.status.moment("registered", shown.values.get("State", ""))
+        self.status.moment("registered", shown.state)
         if not self.joined:
-            slurm.idle(shown)
+            slurm.check_ready(shown)
 
     def arrive(self) -> None:
-        """The node is a member: say so, once, and clean up behind us."""
-        if not self.joined:
-            self.joined = True
-            data = self.status.data
-            self.status.moment("joined", f"{data['node']} at {data['controller']}", again=True)
-        self.status.settled("joined")
+        """The node is a member: say so, once, and remove the copies of the secret behind us."""
+        first, self.joined = not self.joined, True
+        if first:
+            self.status.moment("joined", f"{self.data['node']} at {self.data['controller']}", again=True)
+        self.status.enter("joined")
         notify("READY=1")
+        if first and self.config and source():
+            scrub([read(self.config.key_file)])
 
-    def clean(self) -> None:
-        """Remove the copies of the secret that cloud-init keeps."""
-        if self.slurm and source():
-            scrub([read(self.slurm.key.path) or b""])
+    def failed(self, error: Hopeless) -> bool:
+        """Say what somebody has to change; False if it changes within a moment: somebody was writing it."""
+        pause(BEING_WRITTEN, self.changed)
+        if self.changed():
+            return False
+        self.data["faults"] = error.faults
+        self.status.say("failed", "; ".join(error.faults))
+        self.status.enter("failed", error.faults[0], error.hint)
+        return True
+
+    def look_around(self) -> None:
+        """After a wake-up: has the address towards the controller changed?"""
+        address, old = own_address(self.data["controller"]), self.data["address"]
+        if address and old and address != old:
+            self.status.say("network", f"the address changed from {old} to {address}")
+            self.data["address"] = address
+            self.joined = False
 
 
 def jitter() -> float:
@@ -1626,167 +1219,134 @@ def back_off(attempt: int) -> float:
     return max(0.25, jitter() * min(LONGEST_WAIT, 2.0 ** min(attempt - QUICK, 10)))
 
 
-def pause(seconds: float, changed: Callable[[], bool], deadline: float) -> None:
+def pause(seconds: float, changed: Callable[[], bool]) -> None:
     """Sleep, but not past a change of the configuration."""
     end = monotonic() + seconds
-    while (left := end - monotonic()) > 0:
-        if monotonic() > deadline:
-            raise TimedOut
-        if changed():
-            return
+    while (left := end - monotonic()) > 0 and not changed():
         time.sleep(min(0.5, left))
 
 
 class Alarm:
     """Sleeps until an address or the configuration changes.
 
-    The agent stays, asleep: it hears of new addresses from the kernel (rtnetlink(7)) and of a new configuration by
-    dnotify (fcntl(2), F_NOTIFY), without waking up a compute node every few seconds. Leaving this to timers and path
-    units would cost a start of Python each time, and a path unit cannot restart a service that waits. What happens
-    while the agent works is kept for its next sleep.
+    The kernel tells of new addresses (rtnetlink(7)) and of a new configuration (dnotify: fcntl(2), F_NOTIFY) by SIGIO,
+    so a compute node is not woken up every few seconds. Leaving this to timers and path units would cost a start of
+    Python each time, and a path unit cannot restart a service that waits. The signal is blocked: what happens while
+    the agent works is kept for its next sleep.
     """
 
     def __init__(self) -> None:
-        import fcntl
-        import signal
-        import socket
-
-        self.reader, self.writer = socket.socketpair()
-        self.kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
         self.longest = WATCH
-        for end in (self.reader, self.writer, self.kernel):
-            end.setblocking(False)
-        signal.signal(signal.SIGIO, lambda *_: None)
-        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
         self.folder = os.open(os.path.dirname(CONFIG), os.O_RDONLY | os.O_DIRECTORY)
+        self.kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
         events = fcntl.DN_MODIFY | fcntl.DN_CREATE | fcntl.DN_RENAME | fcntl.DN_MULTISHOT
         try:
             fcntl.fcntl(self.folder, fcntl.F_NOTIFY, events)
+            fcntl.fcntl(self.kernel, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(self.kernel, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
             self.kernel.bind((0, 0x10 | 0x100))  # RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR
         except OSError:
             self.longest = 10.0  # no such help here: look more often
 
     def sleep(self) -> None:
         """Sleep, at most for about ``longest`` seconds. Returns a moment after a change, when it is complete."""
-        import select
-
-        if select.select([self.reader, self.kernel], [], [], self.longest * (0.75 + jitter() / 2))[0]:
+        if signal.sigtimedwait([signal.SIGIO], self.longest * (0.75 + jitter() / 2)):
             time.sleep(0.2)
-        for end in (self.reader, self.kernel):
-            try:
-                while end.recv(65536):
-                    pass
-            except OSError:
-                pass  # all is read, or the kernel had more to say than fitted
+            signal.sigtimedwait([signal.SIGIO], 0)
+        try:
+            while self.kernel.recv(65536):
+                pass
+        except OSError:
+            pass  # all is read, or the kernel had more to say than fitted
 
 
-def locked(wait: bool = False) -> int | None:
-    """Take the lock that one agent holds; None if another has it."""
-    import fcntl
-
+def locked(wait: bool = False) -> bool:
+    """Take the lock that one agent holds, until this process ends; False if another has it."""
     folder(RUN)
-    descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(RUN + "/agent.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        return False
+    return True
 
 
-def join(path: str = CONFIG, boot: bool = False, timeout: float = float("inf")) -> int:
+def join(boot: bool = False, timeout: float = FOREVER) -> int:
     """Join, and with ``boot`` stay to keep the node joined. Returns the exit status."""
     deadline = monotonic() + timeout
-    if locked() is None:
+    if not locked():
         return follow(deadline)
     status = Status(console=boot)
     if boot and os.path.exists(LEFT):
-        status.say("left", "bakehouse-agent join makes it join again")
-        status.settled("left", hint="bakehouse-agent join makes it join again")
+        status.say("left", JOIN_AGAIN)
+        status.enter("left", hint=JOIN_AGAIN)
         notify("READY=1")
         return DONE
     if not boot:
         remove(LEFT)
     status.moment("started", f"pid {os.getpid()}")
-    code = keep_joining(Join(path, status), boot, deadline)
-    if code == DONE and not boot and not ROOT:
+    code = keep_joining(Join(status), boot, deadline)
+    if code == DONE and not ROOT:
         run("systemctl", "start", "--no-block", "bakehouse-agent.service")  # which keeps it joined
     return code
 
 
 def keep_joining(work: Join, boot: bool, deadline: float) -> int:
-    """Make passes until the node is a member; with ``boot`` for ever."""
+    """Make passes until the node is a member; with ``boot`` for ever. Returns the exit status."""
     attempt, waited_for = 0, ""
     alarm: Alarm | None = None
     while True:
         try:
             work.once()
-            first = not work.joined
             work.arrive()
-            if first:
-                work.clean()
             if not boot:
                 return DONE
             attempt, waited_for = 0, ""
             alarm = alarm or Alarm()
             if not work.changed():
                 alarm.sleep()
-            look_around(work)
+            work.look_around()
             continue
         except Wait as error:
             wait = error
         except Hopeless as error:
-            if work.settles(deadline):
-                continue
-            work.status.data["faults"] = error.faults
-            work.status.say("failed", "; ".join(error.faults))
-            work.status.settled("failed", error.faults[0], error.hint)
-            return error.status
+            if work.failed(error):
+                return error.status
+            continue
         except OSError as error:
-            wait = Wait(*disk_trouble(error))
+            wait = disk_trouble(error)
         attempt = attempt + 1 if wait.what == waited_for else 1
         waited_for = wait.what
         delay = wait.pace or back_off(attempt)
         work.status.waiting(wait, attempt, delay)
-        try:
-            pause(delay, work.changed, deadline)
-        except TimedOut:
+        pause(min(delay, deadline - monotonic()), work.changed)
+        if monotonic() > deadline:
             return NOT_YET
 
 
-def look_around(work: Join) -> None:
-    """After a wake-up: has the address towards the controller changed?"""
-    data = work.status.data
-    address = own_address(data["controller"]) if data["controller"] else ""
-    if address and data["address"] and address != data["address"]:
-        work.status.say("network", f"the address changed from {data['address']} to {address}")
-        data["address"] = address
-        work.joined = False
-
-
-def disk_trouble(error: OSError) -> tuple[str, str]:
+def disk_trouble(error: OSError) -> Wait:
     """Say in plain words why a file cannot be written."""
-    name = str(error.filename or "a file").removesuffix(".new")
+    name = error.filename or "a file"
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return f"the disk is full: {name} cannot be written", "df -h; df -i"
+        return Wait(f"the disk is full: {name} cannot be written", "df -h; df -i")
     if error.errno == errno.EROFS:
-        return f"the disk is read-only: {name} cannot be written", "journalctl -k; findmnt /"
-    return f"{name}: {error.strerror or error}", ""
+        return Wait(f"the disk is read-only: {name} cannot be written", "journalctl -k; findmnt /")
+    return Wait(f"{name}: {error.strerror or error}")
 
 
 def follow(deadline: float) -> int:
     """Another agent is at work: say what it is at until it is done."""
     said = ""
     while True:
-        status = read_status() or {}
-        line = sentence(status)
-        if line != said:
-            print(line, flush=True)  # noqa: T201
-            said = line
-        if status.get("state") == "joined":
-            return DONE
-        if status.get("state") == "failed":
-            return INVALID
+        status = read_status()
+        state, node, controller = status["state"], status.get("node", ""), status.get("controller", "")
+        what = "; ".join(status.get("faults", [])) or status.get("waiting_for") or f"{node} {controller}"
+        if said != what:
+            print(f"{state}: {what}", flush=True)
+            said = what
+        if state in {"joined", "failed"}:
+            return DONE if state == "joined" else INVALID
         if monotonic() > deadline:
             return NOT_YET
         time.sleep(0.2)
@@ -1795,148 +1355,76 @@ def follow(deadline: float) -> int:
 # --- Leave -----------------------------------------------------------------------------------------------------------
 
 
-def leave(path: str = CONFIG, now: bool = False, timeout: float = float("inf"), keep: bool = False) -> int:
+def leave(now: bool = False, timeout: float = FOREVER, keep: bool = False) -> int:
     """Drain the node, wait for its jobs, stop its services and make the controller forget it."""
-    status = Status()
-    config, _ = load(path)
-    node = str((read_status() or {}).get("node") or config.name or NodeName().find(config))
+    status, config = Status(), load()
+    node = read_status().get("node") or node_name(config)
     status.data.update(platform=config.platform, node=node)
     slurm = Slurm(config, node)
     folder(STATE)
     write(LEFT, b"bakehouse-agent leave was called; bakehouse-agent join undoes it\n", 0o644)
     run("systemctl", "stop", "bakehouse-agent.service", timeout=60)
-    lock = locked(wait=True)
-    assert lock is not None
+    locked(wait=True)
+    hint = JOIN_AGAIN
     try:
-        gone = drain(slurm, status, now, monotonic() + timeout)
-        if gone is None:
+        if not drain(slurm, status, now, monotonic() + timeout):
+            print(f"{node} is drained, but jobs still run on it: leave again later, or leave --now")
             return NOT_YET
+        if not keep:
+            slurm.forget()
     except Wait as wait:
-        gone = False
         status.warn(wait.what)
-    if gone and not keep:
-        slurm.forget()
-    run("systemctl", "stop", "slurmd.service", timeout=60)
-    run("systemctl", "stop", "munge.service", timeout=60)
-    remove(RUN + "/munge-key")
-    hint = "bakehouse-agent join makes it join again"
-    if not gone:
         hint = f"the controller was not told: run scontrol delete nodename={node} there"
+    for service in ("slurmd.service", "munge.service"):
+        run("systemctl", "stop", service, timeout=60)
+    remove(RUN + "/munge-key")
     status.moment("left", node)
-    status.settled("left", hint=hint)
-    print(f"{node} has left" + ("" if gone else f"; but {hint}"))  # noqa: T201
-    return DONE if gone else NOT_YET
+    status.enter("left", hint=hint)
+    print(f"{node} has left" if hint == JOIN_AGAIN else f"{node} has left; but {hint}")
+    return DONE if hint == JOIN_AGAIN else NOT_YET
 
 
-def drain(slurm: Slurm, status: Status, now: bool, deadline: float) -> bool | None:
-    """Drain the node until no job is on it. True when it is done, None if that took too long.
-
-    Raises:
-        Wait: the controller does not answer.
-    """
+def drain(slurm: Slurm, status: Status, now: bool, deadline: float) -> bool:
+    """Drain the node until no job is on it; False if that took too long."""
     reach(slurm.config.controllers)
-    if slurm.show() is None:
-        return True
-    slurm.scontrol("update", f"nodename={slurm.node}", "state=drain", f"reason={OUR_REASON}leaving")
-    attempt = 0
-    while not now and (shown := slurm.show()) is not None and shown.busy:
-        attempt += 1
-        left = Wait("jobs on this node to end", "bakehouse-agent leave --now does not wait for them")
-        status.waiting(left, attempt, 2)
+    slurm.update("state=drain", f"reason={OUR_REASON}leaving")
+    wait = Wait("jobs on this node to end", "bakehouse-agent leave --now does not wait for them")
+    for attempt in itertools.count(1):
+        shown = slurm.show()
+        if now or not shown or not shown.busy:
+            break
+        status.waiting(wait, attempt, 2)
         if monotonic() > deadline:
-            print(f"{slurm.node} is drained, but jobs still run on it: leave again later, or leave --now")  # noqa: T201
-            return None
+            return False
         time.sleep(2)
     return True
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
 
-
-def read_status() -> dict[str, Any] | None:
-    """Return what the status file says."""
-    import json
-
-    try:
-        found = json.loads(read(STATUS) or b"null")
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def sentence(status: dict[str, Any]) -> str:
-    """Say in one line what the agent is at."""
-    state = status.get("state", "starting")
-    if state == "waiting":
-        return f"waiting for: {status['waiting_for']}" + (f" ({status['hint']})" if status.get("hint") else "")
-    if state == "failed":
-        return f"failed: {'; '.join(status.get('faults') or [status.get('waiting_for', '')])}"
-    return f"{state}: {status.get('node', '')} {status.get('controller', '')}".rstrip(": ")
-
-
-def show_status(as_json: bool, wait: float) -> int:
-    """Print the status; wait for a join so many seconds."""
-    import json
-
-    deadline = monotonic() + wait
-    status = read_status()
-    while (status is None or status.get("state") != "joined") and monotonic() < deadline:
-        time.sleep(0.2)
-        status = read_status()
-    if as_json:
-        print(json.dumps(status or {"state": "never ran"}, indent=2))  # noqa: T201
-    elif status is None:
-        print("the agent has not run since this machine started")  # noqa: T201
-    else:
-        print("\n".join(status_lines(status)))  # noqa: T201
-    if status is None:
-        return NEVER_RAN
-    return DONE if status.get("state") == "joined" else NOT_YET
-
-
-def status_lines(status: dict[str, Any]) -> Iterator[str]:
-    """Yield the status as people read it."""
-    now = monotonic()
-    yield f"{status['state']} for {now - status['since']:.0f} s"
-    for name, key in (("node", "node"), ("address", "address"), ("controller", "controller"), ("hint", "hint")):
-        if status["state"] == "waiting" and name == "hint":
-            yield f"  waiting for  {status['waiting_for']}"
-        if status.get(key):
-            yield f"  {name:11}  {status[key]}"
-    if status["state"] == "waiting":
-        left = max(0.0, status["updated"] + status["next_try"] - now)
-        yield f"  next try     in {left:.0f} s, tried so far: {status['attempt']}"
-    for fault in status.get("faults") or []:
-        yield f"  fault        {fault}"
-    for warning in status.get("warnings") or []:
-        yield f"  warning      {warning}"
-    yield "  since the kernel started:"
-    for name, when in status["timeline"]:
-        yield f"    {when:9.3f} s  {name}"
-
-
 HELP = """\
 NAME
     bakehouse-agent - makes this machine a member of its cluster
 
 SYNOPSIS
-    bakehouse-agent join [--config FILE] [--timeout SECONDS] [--boot]
-    bakehouse-agent status [--json] [--wait SECONDS]
-    bakehouse-agent leave [--now] [--timeout SECONDS] [--keep] [--config FILE]
-    bakehouse-agent scrub
-    bakehouse-agent check [FILE]
+    bakehouse-agent COMMAND [OPTIONS]
 
 DESCRIPTION
-    join    Joins, and returns when the cluster says that the node is ready. It waits as long as it takes, or as
-            --timeout says. On a node that is joined it changes nothing. --boot is for the systemd unit: it stays to
-            keep the node joined, and respects an earlier leave.
-    status  Says what the agent is at, what it waits for and what to do. --json prints the status file. --wait waits
-            for the join first. Needs no root.
-    leave   Drains the node, waits for its jobs, stops its services, and makes the controller forget it. It stays
-            away, also after a reboot, until join is called. --now does not wait for jobs (they are lost), --keep
-            leaves the node known to the controller.
-    scrub   Overwrites the copies of the secret that cloud-init keeps. Run by a unit after each boot.
-    check   Names everything that is wrong with a configuration.
+    Joins the cluster that /etc/bakehouse/join.yaml names, says what it waits for, and leaves again.
+
+COMMANDS
+    join [--timeout SECONDS] [--boot]
+        Joins, and returns when the cluster says that the node is ready. Changes nothing on a node that is joined.
+        --boot is for the systemd unit: it stays to keep the node joined, and respects an earlier leave.
+    status [--json] [--wait SECONDS]
+        Says what the agent is at, what it waits for and what to do. --wait waits for the join first. Needs no root.
+    leave [--now] [--timeout SECONDS] [--keep]
+        Drains the node, waits for its jobs, stops its services, and makes the controller forget it. It stays away
+        until join is called. --now does not wait for jobs (they are lost), --keep leaves the node known (drained).
+    check [FILE]
+        Names everything that is wrong with a configuration.
+    scrub
+        Overwrites the copies of the secret that cloud-init keeps. Run by a unit after each boot.
 
 FILES
     /etc/bakehouse/join.yaml     the configuration
@@ -1952,55 +1440,80 @@ EXIT STATUS
 
 EXAMPLES
     bakehouse-agent status --wait 300 && echo joined
-    bakehouse-agent check join.yaml
     bakehouse-agent leave --timeout 3600
 """
 
 
+def read_status() -> dict[str, Any]:
+    """Return what the status file says."""
+    found: dict[str, Any] = json.loads(read(STATUS) or b'{"state": "never ran"}')
+    return found
+
+
+def show_status(as_json: bool, wait: float) -> int:
+    """Print the status; wait for a join so many seconds."""
+    deadline = monotonic() + wait
+    while (status := read_status())["state"] != "joined" and monotonic() < deadline:
+        time.sleep(0.2)
+    if as_json:
+        print(json.dumps(status, indent=2))
+    elif status["state"] == "never ran":
+        print("the agent has not run since this machine started")
+    else:
+        print("\n".join(status_lines(status)))
+    return {"joined": DONE, "never ran": NEVER_RAN}.get(status["state"], NOT_YET)
+
+
+def status_lines(status: dict[str, Any]) -> Iterator[str]:
+    """Yield the status as people read it."""
+    now = monotonic()
+    rows = [(name, status[name]) for name in ("node", "address", "controller")]
+    if status["state"] == "waiting":
+        next_try = max(0.0, status["updated"] + status["next_try"] - now)
+        rows.append(("waiting for", status["waiting_for"]))
+        rows.append(("next try", f"in {next_try:.0f} s, tried so far: {status['attempt']}"))
+    rows.append(("hint", status["hint"]))
+    rows += [("fault", fault) for fault in status["faults"]] + [("warning", text) for text in status["warnings"]]
+    yield f"{status['state']} for {now - status['since']:.0f} s"
+    yield from (f"  {name:11}  {text}" for name, text in rows if text)
+    yield "  since the kernel started:"
+    yield from (f"    {when:9.3f} s  {name}" for name, when in status["timeline"])
+
+
 def check(path: str) -> int:
     """Name all that is wrong with a configuration."""
-    data = read(path, CONFIG_LIMIT + 1)
-    faults = [f"there is no {path}"] if data is None else parse(data)[1]
+    faults = parse(read(path, CONFIG_LIMIT + 1))[1] if os.path.exists(path) else ["there is no such file"]
     for fault in faults:
-        print(f"{path}: {fault}", file=sys.stderr)  # noqa: T201
+        print(f"{path}: {fault}", file=sys.stderr)
     if not faults:
-        print(f"{path} is right")  # noqa: T201
+        print(f"{path} is right")
     return INVALID if faults else DONE
 
 
-def scrub_known() -> int:
-    """Scrub with the key that is in its place."""
-    keys = [read(Key(kind).path) or b"" for kind in ("munge", "slurm")]
-    print(f"bakehouse-agent: removed copies of the secret from {scrub(keys)} files")  # noqa: T201
-    return DONE
-
-
-def parsed(arguments: list[str]) -> Any:
-    """Return the command line."""
+def command(arguments: list[str]) -> int:
+    """Run the command that the command line asks for."""
     import argparse
 
-    class Parser(argparse.ArgumentParser):
-        def format_help(self) -> str:
-            return HELP
-
-        def error(self, message: str) -> NoReturn:
-            print(f"bakehouse-agent: {message} (see bakehouse-agent --help)", file=sys.stderr)  # noqa: T201
-            sys.exit(INVALID)
-
-    parser = Parser(prog="bakehouse-agent", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="bakehouse-agent", add_help=False, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("join", "leave"):
-        verb = commands.add_parser(name)
-        verb.add_argument("--config", default=CONFIG)
-        verb.add_argument("--timeout", type=float, default=float("inf"))
-        for flag in ("--boot",) if name == "join" else ("--now", "--keep"):
-            verb.add_argument(flag, action="store_true")
-    status = commands.add_parser("status")
-    status.add_argument("--json", action="store_true")
-    status.add_argument("--wait", type=float, default=0)
-    commands.add_parser("scrub")
-    commands.add_parser("check").add_argument("file", nargs="?", default=CONFIG)
-    return parser.parse_args(arguments)
+    verbs = {name: commands.add_parser(name, add_help=False) for name in ("join", "status", "leave", "check", "scrub")}
+    for name, flag in (("join", "--boot"), ("status", "--json"), ("leave", "--now"), ("leave", "--keep")):
+        verbs[name].add_argument(flag, action="store_true")
+    for name, option, default in (("join", "timeout", FOREVER), ("leave", "timeout", FOREVER), ("status", "wait", 0)):
+        verbs[name].add_argument(f"--{option}", type=float, default=default)
+    verbs["check"].add_argument("file", nargs="?", default=CONFIG)
+    asked = parser.parse_args(arguments)
+    if asked.command == "status":
+        return show_status(asked.json, asked.wait)
+    if asked.command == "check":
+        return check(asked.file)
+    if asked.command == "scrub":
+        found = scrub([read(path) for path in KEY_FILES.values()])
+        print(f"bakehouse-agent: removed copies of the secret from {found} files")
+        return DONE
+    if asked.command == "leave":
+        return leave(asked.now, asked.timeout, asked.keep)
+    return join(asked.boot, asked.timeout)
 
 
 def main(arguments: list[str]) -> int:
@@ -2011,7 +1524,10 @@ def main(arguments: list[str]) -> int:
     try:
         if arguments == ["join", "--boot"]:  # how the unit starts it: argparse would take longer than the rest
             return join(boot=True)
-        return command(parsed(arguments))
+        if {"-h", "--help"} & set(arguments):
+            print(HELP, end="")
+            return DONE
+        return command(arguments)
     except Hopeless as error:
         said, status = "\n".join([*error.faults, error.hint]), error.status
     except Wait as error:
@@ -2020,21 +1536,8 @@ def main(arguments: list[str]) -> int:
         said, status = f"bakehouse-agent: {error.filename}: {error.strerror}: are you root?", NOT_YET
     except KeyboardInterrupt:
         return 130  # as a shell reports it
-    print(said, file=sys.stderr)  # noqa: T201
+    print(said, file=sys.stderr)
     return status
-
-
-def command(options: Any) -> int:
-    """Run the command that a parsed command line asks for."""
-    if options.command == "status":
-        return show_status(options.json, options.wait)
-    if options.command == "check":
-        return check(options.file)
-    if options.command == "scrub":
-        return scrub_known()
-    if options.command == "leave":
-        return leave(options.config, options.now, options.timeout, options.keep)
-    return join(options.config, options.boot, options.timeout)
 
 
 if __name__ == "__main__":

@@ -466,7 +466,7 @@ def test_a_new_configuration_reaches_a_joined_node(node: Node) -> None:
 def test_a_full_disk_is_said_and_waited_out(node: Node, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     agent = load(tmp_path, monkeypatch)
     error = OSError(28, "No space left on device", "/etc/munge/munge.key.new")
-    assert agent.disk_trouble(error)[0].startswith("the disk is full")
+    assert agent.disk_trouble(error).what.startswith("the disk is full")
     node.path("etc/munge").write_text("not a folder")
     node.start()
     node.until(lambda s: s["state"] == "waiting")

@@ -317,4 +317,4 @@ def test_no_connection_is_put_plainly(tmp_path: Path, monkeypatch: pytest.Monkey
         (OSError(99, "Cannot assign"), f"{where} cannot be reached: this node has no address"),
         (OSError(5, "Input/output error"), f"{where} cannot be reached: Input/output error"),
     ):
-        assert agent.no_connection(where, error)[0] == sentence
+        assert agent.no_connection(where, error).what == sentence

@@ -76,7 +76,7 @@ secret:
     ]  # fmt: skip
     assert config.authentication == "slurm"
     assert config.hardware == {"CPUs": "4", "RealMemory": "3800", "Gres": "gpu:a100:4,shard:8", "Weight": "0"}
-    assert (config.broker.host, config.broker.port) == ("ctl.example.org", 8444)
+    assert config.broker == ("ctl.example.org", 8444)
 
 
 @pytest.mark.parametrize(
@@ -89,29 +89,33 @@ secret:
         ("slurm.hardware.cpus", 4, "slurm.hardware.cpus: not known; did you mean CPUs?"),
         ("slurm.controllers", [], "slurm.controllers: is missing"),
         ("slurm.controllers", "ctl", "slurm.controllers: must be a list"),
-        ("slurm.controllers", ["ctl:99999"], "slurm.controllers[0] (port): must be a whole number from 1 to 65535"),
+        ("slurm.controllers", ["ctl:99999"], "slurm.controllers[0]: 'ctl:99999' is not host or host:port"),
         ("slurm.controllers", ["ok", "a b"], "slurm.controllers[1]: 'a b' is not host or host:port"),
-        ("slurm.controllers", ["-Z"], "slurm.controllers[0]: '-Z' is neither a host name nor an address"),
-        ("slurm.controllers", ["10.0.0.256"], "neither a host name nor an address"),
+        ("slurm.controllers", ["-Z"], "slurm.controllers[0]: '-Z' is not host or host:port"),
+        ("slurm.controllers", ["10.0.0.256"], "'10.0.0.256' is not host or host:port"),
         ("slurm.controllers", ["fd00::5"], "an IPv6 address stands in brackets"),
         ("slurm.controllers", ["[fd00::zz]"], "slurm.controllers[0]"),
         ("slurm.controllers", ["ctl"] * 9, "slurm.controllers: holds more than 8 entries"),
         ("slurm.authentication", "none", "slurm.authentication: 'none' is not munge or slurm"),
         ("slurm.features", ["a,b"], "slurm.features[0]: 'a,b' is not a feature"),
-        ("slurm.hardware.CPUs", "many", "slurm.hardware.CPUs: must be a whole number"),
-        ("slurm.hardware.CPUs", 0, "slurm.hardware.CPUs: must be a whole number from 1"),
-        ("slurm.hardware.CPUs", 1.5, "slurm.hardware.CPUs: must be a whole number"),
+        ("slurm.hardware.CPUs", "many", "slurm.hardware.CPUs: 'many' is not a whole number from 1"),
+        ("slurm.hardware.CPUs", 0, "slurm.hardware.CPUs: '0' is not a whole number from 1"),
+        ("slurm.hardware.CPUs", 1.5, "slurm.hardware.CPUs: '1.5' is not a whole number from 1"),
         ("slurm.hardware.Gres", "gpu:1 Weight=2", "slurm.hardware.Gres"),
         ("node.name", "node 1", "node.name: 'node 1' is not a host name"),
         ("node.name", "-Z", "node.name: '-Z' is not a host name"),
         ("node", "node-1", "node: must be a mapping with name"),
-        ("secret.inline", KEY + "\n", "secret.inline: must be the key in base64 on one line"),
-        ("secret.inline", KEY[:-1], "secret.inline: must be the key in base64"),
-        ("secret.inline", base64.b64encode(b"short").decode(), "secret.inline: must be a key of 32 to 1024 bytes"),
+        ("secret.inline", KEY + "\n", "secret.inline: must be the key, 32 to 1024 bytes, in base64 on one line"),
+        ("secret.inline", KEY[:-1], "secret.inline: must be the key, 32 to 1024 bytes, in base64 on one line"),
+        (
+            "secret.inline",
+            base64.b64encode(b"short").decode(),
+            "secret.inline: must be the key, 32 to 1024 bytes, in base64 on one line",
+        ),
         ("secret.broker", {"url": "http://ctl:8444", "ca": CA}, "secret.broker.url: must be https://"),
         ("secret.broker", {"url": "https://me:pw@ctl", "ca": CA}, "secret.broker.url: must be https://"),
-        ("secret.broker", {"url": "https://ctl"}, "secret.broker.ca: must be the certificate"),
-        ("secret.broker", {"url": "https://ctl", "ca": CA, "token": "geheim"}, "secret.broker.token: is not a token"),
+        ("secret.broker", {"url": "https://ctl"}, "secret.broker.ca: is missing"),
+        ("secret.broker", {"url": "https://ctl", "ca": CA, "token": "geheim"}, "secret.broker.token: must be a token"),
         ("secret.broker", {"url": "https://ctl", "ca": CA}, "secret: takes inline or broker, not both"),
     ],
 )
@@ -255,7 +259,8 @@ def test_what_is_right_is_taken_as_it_is(agent: ModuleType, data: Any) -> None:
     kept = agent.without_secret(text)
     again, found = agent.parse(kept)
     assert found == []
-    assert agent.same(config, again)
+    same = ("platform", "name", "authentication", "controllers", "features", "hardware", "broker")
+    assert all(getattr(config, key) == getattr(again, key) for key in same)
     assert not again.holds_secret
     assert data["secret"]["inline"].encode() not in kept
     assert agent.without_secret(kept) == kept

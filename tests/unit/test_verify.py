@@ -578,7 +578,7 @@ def test_a_node_is_asked_over_ssh_as_root(asked: Asked) -> None:
     assert len(asked.ask(1)) == 3
     words = (asked.folder / "arguments").read_text().splitlines()
     assert {"--hosts=ssh://debian@10.77.0.10:22", "--sudo", "/suites/test_node.py", "bakehouse.suite"} <= {*words}
-    assert f"IdentityFile {asked.folder / 'id'}" in (asked.folder / "ssh-config").read_text()
+    assert f'IdentityFile "{asked.folder}/id"' in (asked.folder / "ssh-config").read_text()
     assert Record.model_validate_json((asked.folder / "record").read_text()) == record()
     assert sorted(path.name for path in asked.evidence.iterdir()) == ["suite.txt", "suite.xml"]
     assert (asked.evidence / "suite.txt").read_text() == "what pytest said\n"
