@@ -69,7 +69,10 @@ JOIN_AGAIN = "bakehouse-agent join makes it join again"
 
 
 class Wait(Exception):  # noqa: N818 (not an error: what a pass waits for)
-    """Something is not there yet, or does not work yet: say what, and look again later."""
+    """Something is not there yet, or does not work yet: say what, and look again later.
+
+    Every function that looks at a level raises it where the level is not reached.
+    """
 
     pace = 0.0  # seconds to the next look, where backing off would only lose time
 
@@ -131,10 +134,10 @@ def write(path: str, data: bytes, mode: int = 0o600, owner: str = "") -> None:
 
 def own(place: int | str, name: str) -> None:
     """Give a file to a system user."""
-    import pwd
-
     if ROOT:
         return
+    import pwd
+
     try:
         user = pwd.getpwnam(name)
     except KeyError:
@@ -243,7 +246,8 @@ def endpoint(text: str, port: int = 6817) -> tuple[str, int] | None:
 
 def broker_address(url: str) -> tuple[str, int] | None:
     """Return host and port of https://HOST:PORT."""
-    return endpoint(url.removeprefix("https://").removesuffix("/"), 8444) if url.startswith("https://") else None
+    host_and_port = url.removeprefix("https://").removesuffix("/")
+    return endpoint(host_and_port, 8444) if url.startswith("https://") else None
 
 
 def encoded(key: bytes) -> str:
@@ -553,8 +557,7 @@ def node_name(config: Config) -> str:
         return name
     if os.path.exists(CLOUD_INIT_RUNS) and not os.path.exists(INSTANCE_DATA) and monotonic() < CLOUD_INIT_LIMIT:
         raise Soon("cloud-init to say what this node is called", "or set node.name in join.yaml")
-    host = read(ROOT + "/proc/sys/kernel/hostname").decode("ascii", "replace").strip()
-    name = host.partition(".")[0]
+    name = read(ROOT + "/proc/sys/kernel/hostname").decode("ascii", "replace").strip().partition(".")[0]
     seen, _, since = noted("host-name").rpartition(" ")
     if seen != name:
         since = str(monotonic())
@@ -708,7 +711,7 @@ def key_of_answer(config: Config, node: str, where: str, status: int, data: byte
         kind = plain(str(answer.get("authentication")), 20)
         raise Wait(f"{where} has a key for {kind}, not for {config.authentication}", "compare slurm.authentication")
     key = decoded(str(answer.get("key")))
-    if len(key) not in KEY_SIZES:
+    if not key:
         raise Wait(f"{where} sends no key that can be one", "see the key_file in broker.yaml")
     return key
 
@@ -1287,7 +1290,7 @@ def join(boot: bool = False, timeout: float = FOREVER) -> int:
         remove(LEFT)
     status.moment("started", f"pid {os.getpid()}")
     code = keep_joining(Join(status), boot, deadline)
-    if code == DONE and not ROOT:
+    if code == DONE and not ROOT:  # by hand
         run("systemctl", "start", "--no-block", "bakehouse-agent.service")  # which keeps it joined
     return code
 
@@ -1407,7 +1410,7 @@ NAME
     bakehouse-agent - makes this machine a member of its cluster
 
 SYNOPSIS
-    bakehouse-agent COMMAND [OPTIONS]
+    bakehouse-agent join|status|leave|check|scrub [OPTIONS]
 
 DESCRIPTION
     Joins the cluster that /etc/bakehouse/join.yaml names, says what it waits for, and leaves again.
@@ -1421,10 +1424,8 @@ COMMANDS
     leave [--now] [--timeout SECONDS] [--keep]
         Drains the node, waits for its jobs, stops its services, and makes the controller forget it. It stays away
         until join is called. --now does not wait for jobs (they are lost), --keep leaves the node known (drained).
-    check [FILE]
-        Names everything that is wrong with a configuration.
-    scrub
-        Overwrites the copies of the secret that cloud-init keeps. Run by a unit after each boot.
+    check [FILE]    Names everything that is wrong with a configuration.
+    scrub           Overwrites the copies of the secret that cloud-init keeps. Run by a unit after each boot.
 
 FILES
     /etc/bakehouse/join.yaml     the configuration
@@ -1469,9 +1470,8 @@ def status_lines(status: dict[str, Any]) -> Iterator[str]:
     now = monotonic()
     rows = [(name, status[name]) for name in ("node", "address", "controller")]
     if status["state"] == "waiting":
-        next_try = max(0.0, status["updated"] + status["next_try"] - now)
-        rows.append(("waiting for", status["waiting_for"]))
-        rows.append(("next try", f"in {next_try:.0f} s, tried so far: {status['attempt']}"))
+        soon = f"in {max(0.0, status['updated'] + status['next_try'] - now):.0f} s"
+        rows += [("waiting for", status["waiting_for"]), ("next try", f"{soon}, tried so far: {status['attempt']}")]
     rows.append(("hint", status["hint"]))
     rows += [("fault", fault) for fault in status["faults"]] + [("warning", text) for text in status["warnings"]]
     yield f"{status['state']} for {now - status['since']:.0f} s"

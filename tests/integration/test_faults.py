@@ -84,18 +84,18 @@ def files(text: str) -> dict[str, tuple[str, int]]:
 
 def node(slurm: Cluster, name: str, text: str | None = None, **options: Any) -> AbstractContextManager[Container]:
     """Boot a node that is to join."""
-    root = slurm.network.mount_image(Path("/nowhere") / f"{IMAGE_NAME[0]}.qcow2")
+    root = slurm.network.mount_image(IMAGE[0])
     return container.boot(
         slurm.network, root, name, files=files(text if text is not None else config(slurm.join(name))), **options
     )
 
 
-IMAGE_NAME = [""]
+IMAGE: list[Path] = []
 
 
 @pytest.fixture(autouse=True, scope="module")
-def image_name(baked: Record, real_settings: Settings) -> None:
-    IMAGE_NAME[0] = LocalStore(real_settings.store).image(baked).stem
+def image(baked: Record, real_settings: Settings) -> None:
+    IMAGE[:] = [LocalStore(real_settings.store).image(baked)]
 
 
 def status(one: Container) -> dict[str, Any]:
@@ -314,7 +314,7 @@ def test_a_full_disk_is_named_and_room_helps(controller: Cluster) -> None:
 def test_a_host_name_that_settles_late(controller: Cluster) -> None:
     """Nothing says the node's name but the host name, which comes after the agent has started."""
     nameless = userdata.Join((controller.controller.address,), key=controller.controller.key)
-    root = controller.network.mount_image(Path("/nowhere") / f"{IMAGE_NAME[0]}.qcow2")
+    root = controller.network.mount_image(IMAGE[0])
     given = {**files(config(nameless)), "/etc/hostname": ("localhost\n", 0o644)}
     with container.boot(controller.network, root, "settled", files=given, hostname="localhost") as one:
         said = wait_for_words(one, "name")
