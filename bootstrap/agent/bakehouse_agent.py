@@ -59,6 +59,7 @@ FOREVER = float("inf")
 CLOUD_INIT_LIMIT = 120.0  # since the kernel started; after that the host name has to do
 SETTLING = 3.0  # for which a host name must stay the same
 QUIET = 3.0  # after slurmd's start within which nothing is wrong yet
+FRESH = 60.0  # seconds after its start in which slurmd may still be about to register
 BEING_WRITTEN = 2.0  # within which a configuration that is wrong may become right
 WATCH = 120.0  # between two looks at a joined node
 LONGEST_WAIT = 15.0  # between two looks at one that has not joined
@@ -1037,7 +1038,10 @@ class Slurm:
         if joined and shown is None and running > 60:  # noqa: PLR2004
             self.restart("")  # a controller that lost its state does not ask for us
         _, said = run("journalctl", "--unit=slurmd", "--unit=munge", "--lines=20", "--output=cat", "--since=-2min")
-        raise trouble(said, self.config) or Wait("slurmd to register", "journalctl -u slurmd")
+        wait = trouble(said, self.config) or Wait("slurmd to register", "journalctl -u slurmd")
+        if running < FRESH:
+            wait.pace = 0.5  # on a slow machine slurmd takes its time
+        raise wait
 
     def is_ours(self, shown: Shown) -> bool:
         """True if this is the registration of the slurmd that runs now, not one from before."""
