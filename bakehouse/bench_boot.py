@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.console import Console
 
-from bakehouse import cluster, machine, userdata, verify
+from bakehouse import cluster, container, machine, userdata, verify
 from bakehouse.bench import MIB, Result, Row, this_machine
 from bakehouse.cache import BaseCache
 from bakehouse.cluster import Cluster
@@ -34,8 +38,8 @@ BOOT_SECONDS = 900
 
 GOAL_JOINED = 1.25
 GOAL_AGENT_SECONDS = 2.0
-GOAL_AGENT_SHARE = 0.15
-"""Of the time from power-on to joined, under emulation."""
+GOAL_AGENT_SHARE = 0.1
+"""Of the time from power-on to joined, under emulation, for the agent's own work."""
 
 LOGIN = r"\b(?!Last )[\w.-]+ login:"
 JOINED = r"bakehouse-agent: (?P<guest>\d+\.\d+) (?P<moment>joined|failed)(?P<rest>.*)"
@@ -62,7 +66,9 @@ class Boot:
     login: Reached
     joined: Reached | None = None
     agent: float = 0.0
-    """Seconds of the guest's clock from the agent's first word to joined."""
+    """Seconds of the guest's clock from the agent's first word to joined, slurmd's start among them."""
+    work: float = 0.0
+    """CPU seconds of the agent's unit: what it does itself, and the commands that it runs."""
 
 
 def boot(settings: Settings, rounds: int, console: Console) -> Result:
@@ -97,7 +103,45 @@ def boot(settings: Settings, rounds: int, console: Console) -> Result:
             _read(store.image(image))
         boots = [bench.round(f"{number}/{rounds}", f"{number}", ours, plain) for number in range(1, rounds + 1)]
     joining, standing = [first for first, _ in boots], [second for _, second in boots]
-    return Result(rows(joining, standing), f"{this_machine()}; {_accelerator(joining)}")
+    found = rows(joining, standing)
+    if shutil.which("systemd-nspawn"):
+        console.print(f"{ours.name} in a container, at native speed", highlight=False)
+        found.append(native_row(native(store.image(ours))))
+    return Result(found, f"{this_machine()}; {_accelerator(joining)}")
+
+
+def native(image: Path) -> float:
+    """Return the seconds from the agent's start to joined in a container of the image's root, on the host's kernel.
+
+    That is what a node with KVM takes for it, or nearly so, also on a host without KVM.
+
+    Raises:
+        BakehouseError: the container does not start or join.
+    """
+    with tempfile.TemporaryDirectory(prefix="bench-boot-") as name, ExitStack() as stack:
+        log = stack.enter_context(Log(Path(name, "bench.log")))
+        made = stack.enter_context(cluster.up(image, log, cgroups=False))
+        made.controller.start()
+        told = yaml.safe_load(userdata.render(made.join("native")))["write_files"][0]
+        files = {str(told["path"]): (str(told["content"]), 0o600)}
+        root = made.network.mount_image(image)
+        node = stack.enter_context(container.boot(made.network, root, "native", files=files))
+        status: dict[str, Any] = {}
+
+        def joined() -> bool:
+            said = node.run("cat", "/run/bakehouse/status.json").stdout
+            status.update(json.loads(said) if said else {})
+            return status.get("state") == "joined"
+
+        node.wait("join", joined)
+        moments = dict(status["timeline"])
+        return float(moments["joined"] - moments["started"])
+
+
+def native_row(seconds: float) -> Row:
+    """Return the row for the agent at native speed."""
+    name = "agent: its start to joined, at native speed"
+    return Row(name, f"{seconds:.2f} s", None, f"under {GOAL_AGENT_SECONDS:g} s", seconds < GOAL_AGENT_SECONDS)
 
 
 def _newest(store: LocalStore, name: str) -> Record:
@@ -148,7 +192,16 @@ class _BootBench:
             if not joins:
                 return Boot(node.accelerator, seen["login"])
             agent = _guest(seen["joined"], JOINED) - _guest(seen["started"], STARTED)
-            return Boot(node.accelerator, seen["login"], seen["joined"], agent)
+            return Boot(node.accelerator, seen["login"], seen["joined"], agent, _agents_work(node))
+
+
+def _agents_work(node: Machine) -> float:
+    """Ask systemd what the agent's unit has used: CPU seconds."""
+    node.wait_for_ssh(BOOT_SECONDS)
+    said = node.ssh("systemctl show bakehouse-agent.service --property=CPUUsageNSec --value").stdout.strip()
+    if not said.isdigit():
+        raise BakehouseError("the node does not say what its agent has used", log=said)
+    return int(said) / 1e9
 
 
 def watch(node: Machine, marks: Mapping[str, str]) -> dict[str, Reached]:
@@ -204,18 +257,25 @@ def rows(joining: Sequence[Boot], standing: Sequence[Boot]) -> list[Row]:
         Row("ours: power-on to login prompt", _text(logins), _seconds(logins) / _seconds(plain)),
         Row("CPU seconds, ours to joined", f"{_cpu(joined):.1f} s", _cpu(joined) / _cpu(plain)),
         Row("CPU seconds, ours to login prompt", f"{_cpu(logins):.1f} s", _cpu(logins) / _cpu(plain)),
-        _agent_row(joining, _seconds(joined)),
+        *_agent_rows(joining, _seconds(joined)),
     ]
 
 
-def _agent_row(joining: Sequence[Boot], whole: float) -> Row:
+def _agent_rows(joining: Sequence[Boot], whole: float) -> list[Row]:
     agent = statistics.median(made.agent for made in joining)
-    share = agent / whole
+    work = statistics.median(made.work for made in joining)
+    first, second = "agent: its start to joined", "agent: its own work"
     if _accelerator(joining) == "KVM":
         goal, met = f"under {GOAL_AGENT_SECONDS:g} s", agent < GOAL_AGENT_SECONDS
-    else:
-        goal, met = f"at most {GOAL_AGENT_SHARE} of the boot where emulated", share <= GOAL_AGENT_SHARE
-    return Row("agent: its start to joined", f"{agent:.1f} s of the guest's", share, goal, met)
+        return [
+            Row(first, f"{agent:.1f} s of the guest's", agent / whole, goal, met),
+            Row(second, f"{work:.1f} s of the guest's CPU", work / whole),
+        ]
+    goal, met = f"at most {GOAL_AGENT_SHARE} of the boot where emulated", work / whole <= GOAL_AGENT_SHARE
+    return [
+        Row(first, f"{agent:.1f} s of the guest's", agent / whole),
+        Row(second, f"{work:.1f} s of the guest's CPU", work / whole, goal, met),
+    ]
 
 
 def _accelerator(boots: Sequence[Boot]) -> str:
