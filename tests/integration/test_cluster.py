@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,27 +44,45 @@ def invoke(baked: Record, real_settings: Settings, tmp_path: Path) -> Invoke:
     return run
 
 
-def leftovers() -> list[str]:
-    """Return processes, mounts and loop devices of clusters."""
-    names = "slurmctld|munged|dnsmasq|bakehouse_broker|systemd-nspawn|bakehouse.demo"
-    processes = subprocess.run(["pgrep", "-a", "-f", names], capture_output=True, text=True, check=False).stdout
-    loops = subprocess.run(["losetup", "--list", "--noheadings"], capture_output=True, text=True, check=True).stdout
-    mounts = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "bakehouse" in line]
-    return [*processes.splitlines(), *loops.splitlines(), *mounts]
+class Place:
+    """What belongs to one private network, told from what others do on this host."""
 
+    def __init__(self, pid: int) -> None:
+        """Look at the network that a process keeps."""
+        self.namespace = os.readlink(f"/proc/{pid}/ns/pid")
+        mounts = Path(f"/proc/{pid}/mountinfo").read_text()
+        self.loops = sorted(set(re.findall(r"/dev/loop\d+", mounts)))
+        assert self.processes()
+        assert self.loops
 
-def all_gone(before: list[str]) -> bool:
-    deadline = time.monotonic() + 20
-    while extra := set(leftovers()) - set(before):
-        if time.monotonic() > deadline:
-            pytest.fail(f"left behind: {sorted(extra)}")
-        time.sleep(0.2)
-    return True
+    def processes(self) -> list[str]:
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(folder / "ns/pid") == self.namespace:
+                    found.append((folder / "cmdline").read_text().replace("\0", " "))
+        return found
+
+    def leftovers(self) -> list[str]:
+        used = [subprocess.run(["losetup", loop], capture_output=True, text=True, check=False) for loop in self.loops]
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+        return [
+            *self.processes(),
+            *(loop.stdout for loop in used if loop.returncode == 0),
+            *(line for line in mounts if "/run/bakehouse" in line),
+        ]
+
+    def is_gone(self) -> bool:
+        deadline = time.monotonic() + 20
+        while left := self.leftovers():
+            if time.monotonic() > deadline:
+                pytest.fail(f"left behind: {left}")
+            time.sleep(0.2)
+        return True
 
 
 @pytest.mark.parametrize("authentication", ["munge", "slurm"])
 def test_a_cluster_comes_and_goes(invoke: Invoke, authentication: str) -> None:
-    before = leftovers()
     done = invoke("cluster.up", "slurm", "--authentication", authentication)
     assert done.returncode == 0, done.stderr
     try:
@@ -71,6 +91,7 @@ def test_a_cluster_comes_and_goes(invoke: Invoke, authentication: str) -> None:
         assert "runs already" in again.stderr
         shown = json.loads(invoke("cluster.status", "--json").stdout)
         assert [(each["platform"], each["authentication"]) for each in shown] == [("slurm", authentication)]
+        place = Place(shown[0]["network"])
         assert "10.77.0.1:6817" in invoke("cluster.status").stdout
         assert "is UP" in invoke("cluster.run", "scontrol ping").stdout
         assert invoke("cluster.run", "false").returncode == 1
@@ -79,7 +100,7 @@ def test_a_cluster_comes_and_goes(invoke: Invoke, authentication: str) -> None:
     finally:
         done = invoke("cluster.down", "slurm")
     assert done.returncode == 0, done.stderr
-    assert all_gone(before)
+    assert place.is_gone()
     assert json.loads(invoke("cluster.status", "--json").stdout) == []
     gone = invoke("cluster.run", "sinfo")
     assert gone.returncode == 1
@@ -87,11 +108,11 @@ def test_a_cluster_comes_and_goes(invoke: Invoke, authentication: str) -> None:
 
 
 def test_a_cluster_whose_keeper_is_killed_leaves_nothing(invoke: Invoke) -> None:
-    before = leftovers()
     assert invoke("cluster.up", "slurm").returncode == 0
-    keeper = json.loads(invoke("cluster.status", "--json").stdout)[0]["keeper"]
-    os.kill(keeper, signal.SIGKILL)
-    assert all_gone(before)
+    shown = json.loads(invoke("cluster.status", "--json").stdout)[0]
+    place = Place(shown["network"])
+    os.kill(shown["keeper"], signal.SIGKILL)
+    assert place.is_gone()
     assert "No cluster" in invoke("cluster.status").stdout
 
 
@@ -114,9 +135,9 @@ with Log(log) as log, cluster.up(image, log, cgroups=False) as made:
     made.controller.start()
     with (
         container.boot(made.network, made.network.mount_image(image), "one"),
-        machine.boot(image, probe=probe, network=made.network, hostname="two"),
+        machine.boot(image, probe=probe, network=made.network, hostname="two") as two,
     ):
-        print("up", flush=True)
+        print(made.network.pid, two._process.pid, flush=True)
         time.sleep(600)
 """
 
@@ -126,14 +147,15 @@ def test_an_owner_that_is_killed_leaves_nothing(
     baked: Record, real_settings: Settings, tmp_path: Path, number: signal.Signals
 ) -> None:
     """Controller, broker, a container and a machine on one network."""
-    before = leftovers()
     image = LocalStore(real_settings.store).image(baked)
     command = [sys.executable, "-c", CODE, str(image), str(real_settings.cache / "kvm"), str(tmp_path / "log")]
     owner = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
-    assert owner.stdout.readline() == "up\n"
+    network, qemu = map(int, owner.stdout.readline().split())
+    place = Place(network)
+    assert len(place.processes()) > 5
     owner.send_signal(number)
     owner.communicate(timeout=60)
-    assert all_gone(before)
-    qemu = subprocess.run(["pgrep", "-f", f"qemu.*{tmp_path}"], capture_output=True, check=False)
-    assert qemu.returncode != 0
+    assert place.is_gone()
+    qemu_gone = ["timeout", "10", "sh", "-c", f"while grep -qs qemu /proc/{qemu}/cmdline; do sleep 0.1; done"]
+    assert subprocess.run(qemu_gone, check=False).returncode == 0
