@@ -49,7 +49,7 @@ class Place:
 
     def __init__(self, pid: int) -> None:
         """Look at the network that a process keeps."""
-        self.namespace = os.readlink(f"/proc/{pid}/ns/pid")
+        self.namespace = Path(f"/proc/{pid}/ns/pid").readlink()
         mounts = Path(f"/proc/{pid}/mountinfo").read_text()
         self.loops = sorted(set(re.findall(r"/dev/loop\d+", mounts)))
         assert self.processes()
@@ -59,7 +59,7 @@ class Place:
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if os.readlink(folder / "ns/pid") == self.namespace:
+                if (folder / "ns/pid").readlink() == self.namespace:
                     found.append((folder / "cmdline").read_text().replace("\0", " "))
         return found
 
