@@ -71,6 +71,7 @@ TOOLS = (
 TEST_TOOLS = (
     Tool("systemd-nspawn", "systemd-container", "containers of a baked root"),
     Tool("/usr/lib/python3/dist-packages/yaml/__init__.py", "python3-yaml", "the join agent, run as on a node"),
+    Tool("curl", "curl", "asking what is served in private networks"),
     Tool("openssl", "openssl", "the certificates of the join broker's documentation"),
 )
 """What only our own tests need."""
