@@ -79,7 +79,14 @@ def bake(
             f"{found.name} {found.tag} is up to date: nothing that goes into it has changed. (--force builds)"
         )
     if verify and found.verification is None and cli_nodes.can_verify(found):
-        found = cli_nodes.verified(found, settings, store, progress, verbose=verbose)
+        try:
+            found = cli_nodes.verified(found, settings, store, progress, verbose=verbose)
+        except BakehouseError as error:
+            raise BakehouseError(
+                f"{found.tag} is baked, but it could not be verified here: {error.message}",
+                hint=f"{error.hint or '`invoke doctor` checks this host'}; --no-verify leaves it out",
+                log=error.log,
+            ) from error
     if as_json:
         print_json(found.model_dump(mode="json") | {"built": built})
     elif built:
