@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import os
 import re
 import shutil
 import signal
@@ -329,8 +330,7 @@ def boot(
         accelerated = kvm.works(probe).works
     except BakehouseError:
         accelerated = False
-    with tempfile.TemporaryDirectory(prefix="bakehouse-machine-") as name, run.ending_on_sigterm():
-        folder = Path(name)
+    with run.ending_on_sigterm(), _scratch() as folder:
         key = key or make_key(folder)
         port = network.port(hostname) if network else None
         told = _instance(hostname, key, user_data, port, data_source)
@@ -365,6 +365,21 @@ def boot(
             console.end(5)
             if network and port:
                 network.remove(port)
+
+
+SCRATCH = "bakehouse-machine-"
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """Give a folder for disks and seeds, and remove those that killed runs left: seeds may hold secrets."""
+    for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        owner = left.name.removeprefix(SCRATCH).partition("-")[0]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            # Those of other users are theirs to remove.
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-") as name:
+        yield Path(name)
 
 
 def _instance(hostname: str, key: Path, user_data: str, port: Port | None, data_source: DataSource) -> Instance:

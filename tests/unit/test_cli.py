@@ -496,6 +496,20 @@ def test_a_bake_of_what_cannot_be_verified_says_so_and_is_good(invoke: Tasks, ba
     assert "not verified: images of the platform roce cannot be verified yet" in done.err
 
 
+def test_a_bake_on_a_host_that_cannot_verify_says_that_the_image_is_there(
+    invoke: Tasks, baking: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verified(*_: object, **__: object) -> Record:
+        raise BakehouseError("unshare failed with exit status 1")
+
+    monkeypatch.setattr("bakehouse.cli_nodes.verified", verified)
+    invoke.add(TAG)
+    done = baking()
+    assert done.status == 1
+    assert f"{TAG} is baked, but it could not be verified here: unshare failed" in done.err
+    assert "--no-verify" in done.err
+
+
 # User-data.
 
 SECRET = "bhj_" + "s" * 43

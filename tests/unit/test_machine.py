@@ -407,3 +407,21 @@ def test_a_key_is_made_for_a_machine_without_one(tmp_path: Path) -> None:
     made = machine.make_key(tmp_path)
     assert made.stat().st_mode & 0o077 == 0
     assert made.with_name(f"{made.name}.pub").read_text().startswith("ssh-ed25519 ")
+
+
+def test_what_a_killed_run_left_is_removed_and_what_another_one_uses_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for name in (f"{gone.pid}-x", f"{os.getppid()}-x", "of-somebody"):
+        (tmp_path / f"{machine.SCRATCH}{name}").mkdir()
+        (tmp_path / f"{machine.SCRATCH}{name}/seed.iso").touch()
+    with machine._scratch() as own:
+        assert own.name.startswith(f"{machine.SCRATCH}{os.getpid()}-")
+        left = {path.name.removeprefix(machine.SCRATCH) for path in tmp_path.iterdir()} - {
+            own.name.removeprefix(machine.SCRATCH)
+        }
+    assert left == {f"{os.getppid()}-x", "of-somebody"}
+    assert not own.exists()
