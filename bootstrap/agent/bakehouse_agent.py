@@ -595,6 +595,7 @@ def place_secret(config: Config, node: str) -> str:
         if read(CONFIG) == config.text:  # else a new one has been written, which is read next
             config.text = without_secret(config.text)
             write(CONFIG, config.text)
+        remove(claim_path(config.token))
         config.inline, config.token = b"", ""
         remove(aside)
     return done
@@ -613,6 +614,18 @@ def store_key(config: Config, key: bytes) -> None:
         write(path, key, mode, owner)
     own(path, owner)
     os.chmod(path, mode)
+
+
+def claim_path(token: str) -> str:
+    """Return where the claim on a token is kept."""
+    return f"{RUN}/claim-{digest(token.encode())}"
+
+
+def claim_on(token: str) -> str:
+    """Return a secret that goes with a token: an agent that was killed before it had the answer asks again with it."""
+    if not read(claim_path(token)):
+        write(claim_path(token), os.urandom(32).hex().encode())
+    return read(claim_path(token)).decode()
 
 
 def digest(data: bytes) -> str:
@@ -673,7 +686,7 @@ def fetch(config: Config, node: str) -> bytes:
         context.load_verify_locations(cadata=config.ca)
     except ssl.SSLError:
         raise Hopeless(["join.yaml: secret.broker.ca: holds no certificate that can be read"], "", INVALID) from None
-    body = json.dumps({"platform": config.platform, "node": node})
+    body = json.dumps({"platform": config.platform, "node": node, "claim": claim_on(config.token)})
     headers = {"Authorization": f"Bearer {config.token}", "Content-Type": "application/json", "Connection": "close"}
     connection = http.client.HTTPSConnection(*config.broker, timeout=10, context=context)
     try:

@@ -65,6 +65,9 @@ WARN_SECONDS = 14 * 86400
 """How long before the certificate's end the log begins to warn."""
 
 TOKEN = re.compile(r"bhj_[A-Za-z0-9_-]{43}")
+CLAIM = re.compile(r"(?:[0-9a-f]{64})?")
+AGAIN_SECONDS = 600
+"""How long a node that was killed before it had the answer may ask again."""
 NODE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 """One label of a host name (RFC 1123)."""
 
@@ -213,6 +216,8 @@ class Token:
     used_by: str | None
     """The address that it was used from."""
     revoked: int | None
+    claim: str | None = None
+    """The hash of what the node that used it can ask again with."""
 
     @property
     def identity(self) -> str:
@@ -230,7 +235,7 @@ class Token:
 
 _SCHEMA = """CREATE TABLE IF NOT EXISTS tokens (
     hash TEXT PRIMARY KEY, platform TEXT NOT NULL, node TEXT NOT NULL, made INTEGER NOT NULL, expires INTEGER NOT NULL,
-    used INTEGER, used_by TEXT, revoked INTEGER)"""
+    used INTEGER, used_by TEXT, revoked INTEGER, claim TEXT)"""
 
 
 @contextlib.contextmanager
@@ -321,8 +326,11 @@ def revoke_tokens(state: Path, which: str, now: float) -> list[Token]:
     return [dataclasses.replace(token, revoked=int(now)) for token in chosen]
 
 
-def use_token(state: Path, token: str, platform: str, node: str, address: str, now: float) -> None:
+def use_token(state: Path, token: str, platform: str, node: str, address: str, now: float, claim: str = "") -> None:
     """Use a token up. Of any number of simultaneous requests, in any number of processes, one succeeds.
+
+    A node that was killed before it had the answer may ask again within AGAIN_SECONDS: it sends the same claim, a
+    secret that it made for this token and that nobody else knows. A replay without it is refused.
 
     Raises:
         RefusedError: the token is not good for this node now.
@@ -331,9 +339,14 @@ def use_token(state: Path, token: str, platform: str, node: str, address: str, n
     digest = hash_token(token)
     with opened(state) as connection:
         row = connection.execute("SELECT * FROM tokens WHERE hash = ?", (digest,)).fetchone()
-        if reason := _objection(Token(*row) if row else None, platform, node, now):
+        known, claimed = Token(*row) if row else None, hash_token(claim) if claim else None
+        again = known and claimed and known.claim == claimed and now - (known.used or 0) < AGAIN_SECONDS
+        judged = dataclasses.replace(known, used=None) if known and again else known
+        if reason := _objection(judged, platform, node, now):
             raise RefusedError(HTTPStatus.UNAUTHORIZED, f"token refused: {reason}")
-        connection.execute("UPDATE tokens SET used = ?, used_by = ? WHERE hash = ?", (int(now), address, digest))
+        if not again:
+            change = "UPDATE tokens SET used = ?, used_by = ?, claim = ? WHERE hash = ?"
+            connection.execute(change, (int(now), address, claimed, digest))
 
 
 def _objection(known: Token | None, platform: str, node: str, now: float) -> str:
@@ -589,11 +602,11 @@ class Handler(BaseHTTPRequestHandler):
         """Answer ``POST /v1/secret``, and refuse all else."""
         try:
             self._check_address()
-            platform, node = self._wanted()
+            platform, node, claim = self._wanted()
             self.about = f"{platform} {node} at {self.who}"
             token = self._token()
             self.about = f"{platform} {node} token {hash_token(token)[:8]} at {self.who}"
-            answer = self._take(token, platform, node)
+            answer = self._take(token, platform, node, claim)
         except RefusedError as refusal:
             self._refuse(refusal)
         except BrokerError as error:
@@ -611,20 +624,22 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "POST":
             raise RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, "only POST is possible here")
 
-    def _wanted(self) -> tuple[str, str]:
-        """Read the body: which platform's key, for which node."""
+    def _wanted(self) -> tuple[str, str, str]:
+        """Read the body: which platform's key, for which node, and the claim if there is one."""
         try:
             body = json.loads(self._body())
         except (ValueError, RecursionError):
             body = None
-        if not isinstance(body, dict) or set(body) != {"platform", "node"}:
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "the body must be JSON with platform and node, nothing else")
-        platform, node = body["platform"], body["node"]
+        if not isinstance(body, dict) or not {"platform", "node"} <= set(body) <= {"platform", "node", "claim"}:
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "the body must be JSON with platform, node and perhaps claim")
+        platform, node, claim = body["platform"], body["node"], body.get("claim", "")
+        if not isinstance(claim, str) or not CLAIM.fullmatch(claim):
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "the claim must be 64 hexadecimal digits")
         if not isinstance(platform, str) or platform not in self.server.config.platforms:
             raise RefusedError(HTTPStatus.BAD_REQUEST, "this platform is not served here")
         if not isinstance(node, str) or not NODE.fullmatch(node):
             raise RefusedError(HTTPStatus.BAD_REQUEST, "the node must be the first label of a host name")
-        return platform, node
+        return platform, node, claim
 
     def _body(self) -> bytes:
         lengths = self.headers.get_all("Content-Length", [])
@@ -647,7 +662,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusedError(HTTPStatus.UNAUTHORIZED, "token refused: it is unknown")
         return token
 
-    def _take(self, token: str, platform: str, node: str) -> dict[str, str]:
+    def _take(self, token: str, platform: str, node: str, claim: str) -> dict[str, str]:
         """Use the token up, after all that can go wrong before."""
         served = self.server.config.platforms[platform]
         key = base64.b64encode(read_key(served.key_file)).decode()
@@ -655,7 +670,7 @@ class Handler(BaseHTTPRequestHandler):
         hung_up.register(self.connection, select.POLLRDHUP)
         if hung_up.poll(0):  # One that was kept waiting too long should not lose its token.
             raise ConnectionAbortedError(f"{node} went away; its token was not used up")
-        use_token(self.server.config.state, token, platform, node, self.who, self.server.clock())
+        use_token(self.server.config.state, token, platform, node, self.who, self.server.clock(), claim)
         return {"platform": platform, "node": node, "authentication": served.authentication, "key": key}
 
     def _hand_over(self, answer: dict[str, str]) -> None:

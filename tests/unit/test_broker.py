@@ -1024,3 +1024,27 @@ def test_a_state_made_by_root_belongs_to_whom_its_folder_belongs(tmp_path: Path)
     os.chown(tmp_path, 12345, 12345)
     broker.create_token(tmp_path / "tokens.sqlite", "slurm", "node-1", 60, NOW)
     assert (tmp_path / "tokens.sqlite").stat().st_uid == 12345
+
+
+def test_a_node_that_lost_the_answer_asks_again_with_its_claim(tmp_path: Path) -> None:
+    state = tmp_path / "tokens.sqlite"
+    secret = broker.create_token(state, "slurm", "node-1", 3600, NOW)
+    claim, other = "1" * 64, "2" * 64
+    broker.use_token(state, secret, "slurm", "node-1", "192.0.2.1", NOW, claim)
+    broker.use_token(state, secret, "slurm", "node-1", "192.0.2.9", NOW + 599, claim)
+    [known] = broker.list_tokens(state)
+    assert (known.used, known.used_by) == (int(NOW), "192.0.2.1")
+    assert claim not in state.read_bytes().decode(errors="replace"), "only its hash is kept"
+    for node, later, asked in (
+        ("node-1", 1, other), ("node-1", 1, ""), ("node-2", 1, claim), ("node-1", 600, claim),
+    ):  # fmt: skip
+        with pytest.raises(broker.RefusedError):
+            broker.use_token(state, secret, "slurm", node, "192.0.2.1", NOW + later, asked)
+
+
+def test_a_token_that_was_used_without_a_claim_cannot_be_claimed(tmp_path: Path) -> None:
+    state = tmp_path / "tokens.sqlite"
+    secret = broker.create_token(state, "slurm", "node-1", 3600, NOW)
+    broker.use_token(state, secret, "slurm", "node-1", "192.0.2.1", NOW)
+    with pytest.raises(broker.RefusedError, match="it has been used"):
+        broker.use_token(state, secret, "slurm", "node-1", "192.0.2.1", NOW, "1" * 64)
