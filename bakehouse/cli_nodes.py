@@ -259,8 +259,13 @@ def _state(settings: Settings) -> Path:
 
 
 def join_tokens(*, as_json: bool) -> None:
-    """List the tokens of this host's broker."""
+    """List the tokens of this host's broker, or of the demo cluster's where one runs."""
     settings, _, _ = open_site()
+    if _is_demo("slurm", settings) and not as_json:
+        _as_root(settings)
+        with _log() as log:
+            print(demo.get("slurm").attach(log).broker.command("tokens"), end="")
+        return
     found = tokens.listing(_state(settings))
     if as_json:
         print_json([dataclasses.asdict(token) for token in found])
@@ -276,8 +281,13 @@ def join_tokens(*, as_json: bool) -> None:
 
 
 def join_revoke(which: str) -> None:
-    """Make tokens void."""
+    """Make tokens void, of this host's broker or of the demo cluster's where one runs."""
     settings, _, _ = open_site()
+    if _is_demo("slurm", settings):
+        _as_root(settings)
+        with _log() as log:
+            print(demo.get("slurm").attach(log).broker.command("revoke", which), end="")
+        return
     for token in tokens.revoke(_state(settings), which):
         console.print(f"revoked {token.identity} of {token.node}", highlight=False)
 

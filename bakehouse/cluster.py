@@ -166,15 +166,24 @@ class Broker:
         Raises:
             BakehouseError: the broker does not make one.
         """
+        made = self.command("token", "--platform", "slurm", "--node", node, "--lifetime", lifetime)
+        return userdata.Broker(self.url, made.strip(), self.ca)
+
+    def command(self, *words: str) -> str:
+        """Run one of the broker's commands. Return what it printed.
+
+        Raises:
+            BakehouseError: it failed.
+        """
         # In the place, as on a real controller: SQLite would not find its file from outside.
         done = subprocess.run(
-            [*self.network.everything, sys.executable, str(token.BROKER), "token", "--config", str(self.config),
-             "--platform", "slurm", "--node", node, "--lifetime", lifetime],
+            [*self.network.everything, sys.executable, str(token.BROKER), words[0], "--config", str(self.config),
+             *words[1:]],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode != 0:
-            raise BakehouseError(f"the join broker makes no token for {node}", log=done.stderr)
-        return userdata.Broker(self.url, done.stdout.strip(), self.ca)
+            raise BakehouseError(f"the join broker refuses: {words[0]}", hint="its reason is above", log=done.stderr)
+        return done.stdout
 
 
 class Authority:

@@ -484,7 +484,11 @@ def _command(
 def _forwarded_port(machine: Machine) -> int:
     """Ask QEMU which port it took for SSH: it chose a free one itself, so nobody can have taken it meanwhile."""
     machine.wait("answer from QEMU", machine._monitor.exists, 30)
-    text = str(machine.monitor("human-monitor-command", **{"command-line": "info usernet"}))
+    try:
+        text = str(machine.monitor("human-monitor-command", **{"command-line": "info usernet"}))
+    except BakehouseError:
+        machine.check()  # If it has ended, it has said why.
+        raise
     match = re.search(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)", text)
     if not match:
         raise BakehouseError("QEMU does not say which port leads to SSH", log=text)

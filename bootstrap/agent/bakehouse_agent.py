@@ -1051,10 +1051,10 @@ class Slurm:
         if joined and shown is None and running > 60:  # noqa: PLR2004
             self.restart("")  # a controller that lost its state does not ask for us
         _, said = run("journalctl", "--unit=slurmd", "--unit=munge", "--lines=20", "--output=cat", "--since=-2min")
-        wait = trouble(said, self.config) or Wait("slurmd to register", "journalctl -u slurmd")
+        found = trouble(said, self.config) or Wait("slurmd to register", "journalctl -u slurmd")
         if running < FRESH:
-            wait.pace = 0.5  # on a slow machine slurmd takes its time
-        raise wait
+            found.pace = 0.5  # on a slow machine slurmd takes its time
+        raise found
 
     def is_ours(self, shown: Shown) -> bool:
         """True if this is the registration of the slurmd that runs now, not one from before."""

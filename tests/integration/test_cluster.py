@@ -97,6 +97,9 @@ def test_a_cluster_comes_and_goes(invoke: Invoke, authentication: str) -> None:
         assert invoke("cluster.run", "false").returncode == 1
         token = invoke("join.token", "--platform", "slurm", "--node", "x").stdout.strip()
         assert token.startswith("bhj_")
+        assert invoke("join.tokens").stdout.splitlines()[-1].endswith("  x")
+        assert invoke("join.revoke", "x").returncode == 0
+        assert "revoked" in invoke("join.tokens").stdout
     finally:
         done = invoke("cluster.down", "slurm")
     assert done.returncode == 0, done.stderr
