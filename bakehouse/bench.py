@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bakehouse import REPOSITORY, build, plan, run
+from bakehouse import REPOSITORY, build, network, plan, run
 from bakehouse.cache import BaseCache
 from bakehouse.errors import BakehouseError
 from bakehouse.plan import Plan
@@ -212,10 +212,7 @@ class _BakeBench:
         raw, root = self.scratch / "disk.raw", self.scratch / "root"
         image = LocalStore(self.settings.store).image(record, "qcow2")
         run.run(["qemu-img", "convert", "-O", "raw", image, raw], self.log)
-        sectors = subprocess.run(
-            ["sfdisk", "--json", str(raw)], capture_output=True, text=True, check=True
-        ).stdout  # fmt: skip
-        start = int(sectors.rpartition('"start"')[2].split(":")[1].split(",")[0]) * 512
+        start = network.root_start(raw, record.tag)
         root.mkdir()
         script = (
             'debugfs -R "rdump / $1" "$2?offset=$3" >/dev/null 2>&1; '

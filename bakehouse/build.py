@@ -104,12 +104,7 @@ def bake(
     Raises:
         BakehouseError: a stage failed. Nothing is left behind but the log.
     """
-    lacking = host.missing()
-    if lacking:
-        raise BakehouseError(
-            f"this host lacks {', '.join(tool.name for tool in lacking)}",
-            hint=f"apt-get install {' '.join(host.packages_of(lacking))}",
-        )
+    host.must_have_tools()
 
     def say(text: str) -> None:
         console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -23,6 +23,7 @@ from rich.table import Table
 from bakehouse import demo, machine, network, sudo, timeline, userdata
 from bakehouse import token as tokens
 from bakehouse import verify as verification
+from bakehouse.cluster import Cluster
 from bakehouse.errors import BakehouseError
 from bakehouse.machine import DataSource, Firmware
 from bakehouse.record import Record
@@ -228,9 +229,8 @@ def join_token(*, platform: str, node: str, lifetime: str) -> None:
     settings, _, _ = open_site()
     _one_of("--platform", platform, ("slurm",))
     if _is_demo(platform, settings):
-        _as_root(settings)
-        with _log() as log:
-            print(demo.get(platform).attach(log).broker.offer(node, lifetime=lifetime).token)
+        with _demo(platform, settings) as cluster:
+            print(cluster.broker.offer(node, lifetime=lifetime).token)
         return
     seconds = tokens.lifetime_seconds(lifetime)
     print(tokens.create(_state(settings), platform=platform, node=node, lifetime_seconds=seconds))
@@ -262,9 +262,8 @@ def join_tokens(*, as_json: bool) -> None:
     """List the tokens of this host's broker, or of the demo cluster's where one runs."""
     settings, _, _ = open_site()
     if _is_demo("slurm", settings) and not as_json:
-        _as_root(settings)
-        with _log() as log:
-            print(demo.get("slurm").attach(log).broker.command("tokens"), end="")
+        with _demo("slurm", settings) as cluster:
+            print(cluster.broker.command("tokens"), end="")
         return
     found = tokens.listing(_state(settings))
     if as_json:
@@ -284,9 +283,8 @@ def join_revoke(which: str) -> None:
     """Make tokens void, of this host's broker or of the demo cluster's where one runs."""
     settings, _, _ = open_site()
     if _is_demo("slurm", settings):
-        _as_root(settings)
-        with _log() as log:
-            print(demo.get("slurm").attach(log).broker.command("revoke", which), end="")
+        with _demo("slurm", settings) as cluster:
+            print(cluster.broker.command("revoke", which), end="")
         return
     for token in tokens.revoke(_state(settings), which):
         console.print(f"revoked {token.identity} of {token.node}", highlight=False)
@@ -347,14 +345,21 @@ def cluster_status(*, as_json: bool) -> None:
 def cluster_run(command: str, *, platform: str) -> None:
     """Run a command on a cluster's controller and pass on its output."""
     settings, _, _ = open_site()
-    made = demo.get(platform)
-    _as_root(settings)
-    with _log() as log:
-        done = made.attach(log).controller.run("sh", "-c", command, timeout=3600)
+    with _demo(platform, settings) as cluster:
+        done = cluster.controller.run("sh", "-c", command, timeout=3600)
     sys.stdout.write(done.stdout)
     sys.stderr.write(done.stderr)
     if done.returncode != 0:
         raise BakehouseError(f"the command ended with status {done.returncode}")
+
+
+@contextlib.contextmanager
+def _demo(platform: str, settings: Settings) -> Iterator[Cluster]:
+    """Give the demo cluster that runs here, as root."""
+    running = demo.get(platform)
+    _as_root(settings)
+    with _log() as log:
+        yield running.attach(log)
 
 
 @contextlib.contextmanager
@@ -408,16 +413,12 @@ def boot(
     data = _text_of("--user-data", user_data) if user_data else ""
     with contextlib.ExitStack() as stack:
         place = None
-        if join or source == "metadata":
-            if join:
-                demo.get(found.platform)
+        if join:
+            cluster = stack.enter_context(_demo(found.platform, settings))
+            place, data = cluster.network, userdata.render(cluster.join(name or found.name))
+        elif source == "metadata":
             _as_root(settings)
-            log = stack.enter_context(_log())
-            if join:
-                cluster = demo.get(found.platform).attach(log)
-                place, data = cluster.network, userdata.render(cluster.join(name or found.name))
-            else:
-                place = stack.enter_context(network.up(log))
+            place = stack.enter_context(network.up(stack.enter_context(_log())))
         running = stack.enter_context(machine.boot(
             store.image(found), probe=cache.kvm, firmware=chosen, cpus=cpus, key=private, user_data=data,
             hostname=name or found.name, data_source=source, network=place,

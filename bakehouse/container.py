@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bakehouse import waiting
 from bakehouse.errors import BakehouseError
-from bakehouse.network import FOLDER, Network, Port
+from bakehouse.network import FOLDER, INSIDE, Network, Port
 
 POLL_SECONDS = 0.1
 START_SECONDS = 30
@@ -120,11 +120,10 @@ class Container:
         leader = self.leader()
         if leader is None:
             raise BakehouseError(f"{self.name} is off", log=self.output()[-2000:])
-        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "HOME": "/root"}
         return subprocess.run(
             ["nsenter", f"--target={leader}", "--all", "--", *command],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
-            env=environment,
+            env=INSIDE,
         )  # fmt: skip
 
     def shell(self, script: str, timeout: float = 60) -> str:

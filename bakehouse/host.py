@@ -96,6 +96,21 @@ def missing(wanted: tuple[Tool, ...] = TOOLS) -> list[Tool]:
     ]
 
 
+def must_have_tools() -> None:
+    """Check that this host has all tools.
+
+    Raises:
+        BakehouseError: it lacks some.
+    """
+    from bakehouse.errors import BakehouseError
+
+    if lacking := missing():
+        raise BakehouseError(
+            f"this host lacks {', '.join(tool.name for tool in lacking)}",
+            hint=f"apt-get install {' '.join(packages_of(lacking))}",
+        )
+
+
 def packages_of(tools: list[Tool]) -> list[str]:
     """Return the packages that hold tools, sorted, each once."""
     return sorted({tool.package for tool in tools})

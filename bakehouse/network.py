@@ -33,6 +33,9 @@ FIRST, LAST = 10, 250
 REAP_SECONDS = 20
 BRIDGE = "br0"
 DOMAIN = "bakehouse.test"
+INSIDE = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "HOME": "/root"}
+"""The environment of commands that run in an image's root: nothing of the caller's."""
+
 FOLDER = Path("/run/bakehouse")
 """A file system in memory that only the place sees."""
 
@@ -213,7 +216,7 @@ class Network:
         raw = FOLDER / "disk.raw"
         try:
             self.run(["qemu-img", "convert", "-O", "raw", image.resolve(), raw])
-            start = _root_start(self.path(raw), image.name)
+            start = root_start(self.path(raw), image.name)
             self.run(["mkdir", "-p", target])
             self.run(["mount", "-o", f"loop,ro,noload,offset={start}", "-t", "ext4", raw, target])
         except run.CommandError as error:
@@ -294,8 +297,16 @@ def up(log: Log, *, mtu: int = 1500) -> Iterator[Network]:
             made.reap()
 
 
-def _root_start(raw: Path, name: str) -> int:
-    """Return the first byte of the root partition, the last of an image that Bakehouse made."""
+def root_start(raw: Path, name: str) -> int:
+    """Return the first byte of the root partition of an image that Bakehouse made.
+
+    Args:
+        raw: the image, as a raw file.
+        name: what to call it in an error.
+
+    Raises:
+        BakehouseError: it has no partition of that name.
+    """
     shown = subprocess.run(["sfdisk", "--json", str(raw)], capture_output=True, text=True, check=False)
     table = json.loads(shown.stdout)["partitiontable"] if shown.returncode == 0 else {}
     start = next((part["start"] for part in table.get("partitions", ()) if part.get("name") == "root"), None)

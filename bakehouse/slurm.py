@@ -11,7 +11,7 @@ from typing import Literal
 
 from bakehouse import waiting
 from bakehouse.errors import BakehouseError
-from bakehouse.network import FOLDER, GATEWAY, Network
+from bakehouse.network import FOLDER, GATEWAY, INSIDE, Network
 
 Authentication = Literal["munge", "slurm"]
 
@@ -138,29 +138,21 @@ class Controller:
         self.path(inside).parent.mkdir(parents=True, exist_ok=True)
         self.path(inside).write_text(text, encoding="utf-8")
 
-    @property
-    def _prefix(self) -> list[str]:
-        return [*self.network.everything, "chroot", str(self.root)]
-
-    def run(
-        self, *command: str, check: bool = False, user: str = "", timeout: float = 120
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, check: bool = False, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a command on the controller.
 
         Args:
             command: the program and its arguments, such as ``srun hostname``.
             check: a failure is an error.
-            user: as whom; root by default.
             timeout: seconds.
 
         Raises:
             BakehouseError: it failed and that is an error.
         """
-        become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--"] if user else []
         done = subprocess.run(
-            [*self._prefix, *become, *command],
+            [*self.network.everything, "chroot", str(self.root), *command],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "HOME": "/root"},
+            env=INSIDE,
         )  # fmt: skip
         if check and done.returncode != 0:
             raise BakehouseError(
@@ -216,18 +208,16 @@ class Controller:
             check=lambda: self.must_run(name), last_words=lambda: self.log(name)[-3000:],
         )  # fmt: skip
 
-    def stop(self, *, keep_munge: bool = True) -> None:
-        """Stop slurmctld, as a crash would: nodes lose it."""
-        for name in ["slurmctld"] if keep_munge else [*self._daemons]:
-            process = self._daemons.pop(name, None)
-            if process:
-                self.network.run(["pkill", "-KILL", "-x", name])
-                process.wait(10)
+    def stop(self) -> None:
+        """Stop slurmctld, as a crash would: nodes lose it. munged goes on."""
+        process = self._daemons.pop("slurmctld", None)
+        if process:
+            self.network.run(["pkill", "-KILL", "-x", "slurmctld"])
+            process.wait(10)
 
     def log(self, name: str = "slurmctld") -> str:
         """Return what a daemon said: slurmctld or munged."""
-        path = self.network.path(FOLDER / f"{name}.log")
-        return path.read_text(errors="replace") if path.exists() else ""
+        return self.network.log_of(name)
 
     def node(self, name: str) -> dict[str, str]:
         """Return what the controller knows of a node, by field; empty where there is none."""

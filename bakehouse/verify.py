@@ -184,12 +184,7 @@ def needed(record: Record) -> None:
     Raises:
         BakehouseError: it lacks a tool, or the platform cannot be verified yet.
     """
-    lacking = host.missing()
-    if lacking:
-        raise BakehouseError(
-            f"this host lacks {', '.join(tool.name for tool in lacking)}",
-            hint=f"apt-get install {' '.join(host.packages_of(lacking))}",
-        )
+    host.must_have_tools()
     if record.platform != "slurm":
         raise BakehouseError(f"images of the platform {record.platform} cannot be verified yet", hint="only slurm can")
 
@@ -319,7 +314,6 @@ def _batch(made: Cluster, node: Machine) -> None:
 
 
 def _limits(made: Cluster) -> None:
-    made.controller.write("tmp/limits.sh", LIMITS)
     command = ["srun", "--ntasks=2", "--cpus-per-task=1", f"--mem={TASK_MEMORY}M", "--cpu-bind=cores"]
     done = made.controller.run(*command, "bash", "-c", LIMITS, timeout=COMMAND_SECONDS)
     expected = [f"task {number} cpus 1 memory {TASK_MEMORY << 20}" for number in range(2)]

@@ -10,7 +10,7 @@ import pytest
 
 from bakehouse import slurm
 from bakehouse.errors import BakehouseError
-from bakehouse.network import FOLDER
+from bakehouse.network import FOLDER, Network
 from bakehouse.slurm import Authentication, Controller
 
 
@@ -25,6 +25,9 @@ class FakeNetwork:
 
     def path(self, inside: Path) -> Path:
         return self.folder / inside.relative_to("/")
+
+    def log_of(self, name: str) -> str:
+        return Network.log_of(self, name)  # type: ignore[arg-type]
 
     def writable_copy(self, _root: Path, name: str) -> Path:
         root = FOLDER / "copies" / name / "root"
