@@ -10,7 +10,7 @@ from typing import Any
 
 from invoke import Collection, Context, Exit, task
 
-from bakehouse import cli, cli_nodes, terminal
+from bakehouse import cli, cli_cloud, cli_nodes, terminal
 from bakehouse.errors import BakehouseError
 
 
@@ -55,6 +55,9 @@ def _bake(
     verbose: bool = False,
     wait: bool = True,
     verify: bool = True,
+    upload: bool = False,
+    cloud: str = "",
+    region: str = "",
     json: bool = False,
 ) -> None:
     """Bake an image: what a manifest declares becomes a disk image in the store, and verify it by booting it.
@@ -67,6 +70,7 @@ def _bake(
       invoke bake --platform slurm --format qcow2,raw
       invoke bake --platform slurm --refresh
       invoke bake --platform slurm --no-verify
+      invoke bake --platform slurm --upload --cloud mycloud
     """
     cli.bake(
         platform,
@@ -77,6 +81,7 @@ def _bake(
         verbose=verbose,
         wait=wait,
         verify=verify,
+        upload=cli_cloud.Target(cloud, region) if upload or cloud or region else None,
         as_json=json,
     )
 
@@ -102,9 +107,193 @@ def _schema(_context: Context) -> None:
     cli.schema()
 
 
-def _images(_context: Context, json: bool = False) -> None:
-    """List the images in the store."""
-    cli.images(as_json=json)
+def _images(_context: Context, cloud: str = "", region: str = "", json: bool = False) -> None:
+    """List the images in the store, or those in a cloud: channel, age, size, verified, servers that use them.
+
+    Examples:
+      invoke images
+      invoke images --cloud mycloud
+    """
+    if cloud or region:
+        cli_cloud.images(cloud=cloud, region=region, as_json=json)
+    else:
+        cli.images(as_json=json)
+
+
+def _images_verify(_context: Context, tag: str, cloud: str = "", region: str = "", json: bool = False) -> None:
+    """Download an image from a cloud and check that it is what was baked: hash, record, signature.
+
+    Example: invoke images.verify 20261123-5853cc9 --cloud mycloud
+    """
+    cli_cloud.verify(tag, cloud=cloud, region=region, as_json=json)
+
+
+def _publish(
+    _context: Context,
+    tag: str,
+    cloud: str = "",
+    region: str = "",
+    visibility: str = "",
+    format: str = "",
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Publish an image: send it to Glance, compare, describe, and only then show it.
+
+    Does nothing where it is there already; finishes what a killed run began.
+
+    Examples:
+      invoke publish slurm --cloud mycloud
+      invoke publish 20261123-5853cc9 --cloud mycloud --visibility community
+      invoke publish slurm --dry-run                 (with OS_CLOUD, or 'cloud' in bakehouse.yaml)
+    """
+    cli_cloud.publish(
+        tag,
+        cloud=cloud,
+        region=region,
+        visibility=visibility,
+        file_format=format,
+        dry_run=dry_run,
+        as_json=json,
+    )
+
+
+def _publish_check(_context: Context, cloud: str = "", region: str = "", json: bool = False) -> None:
+    """List what is in the store or in the cloud only, half-uploaded, lost, or other than it should be.
+
+    Example: invoke publish.check --cloud mycloud
+    """
+    cli_cloud.check(cloud=cloud, region=region, as_json=json)
+
+
+def _promote(
+    _context: Context,
+    tag: str,
+    to: str,
+    cloud: str = "",
+    region: str = "",
+    force: bool = False,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Move a channel to a published image. Refuses one that is not verified.
+
+    The image before is hidden; servers and lock files keep it. History is kept in Glance: see channels.
+
+    Examples:
+      invoke promote 20261123-5853cc9 --to candidate --cloud mycloud
+      invoke promote 20261123-5853cc9 --to stable --cloud mycloud --dry-run
+    """
+    cli_cloud.promote(tag, to=to, cloud=cloud, region=region, force=force, dry_run=dry_run, as_json=json)
+
+
+def _rollback(
+    _context: Context,
+    platform: str,
+    channel: str,
+    cloud: str = "",
+    region: str = "",
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Move a channel back to the image before.
+
+    Example: invoke rollback --platform slurm --channel stable --cloud mycloud
+    """
+    cli_cloud.rollback(platform, of=channel, cloud=cloud, region=region, dry_run=dry_run, as_json=json)
+
+
+def _channels(_context: Context, platform: str = "", cloud: str = "", region: str = "", json: bool = False) -> None:
+    """Show where channels point to, and their history: who moved them, when, from where.
+
+    Example: invoke channels --platform slurm --cloud mycloud
+    """
+    cli_cloud.channels(cloud=cloud, region=region, platform=platform, as_json=json)
+
+
+def _prune_images(
+    _context: Context,
+    keep: int = 3,
+    platform: list[str] = [],  # noqa: B006 - how Invoke declares a flag that may be repeated
+    cloud: str = "",
+    region: str = "",
+    lock: list[str] = [],  # noqa: B006
+    yes: bool = False,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Show which published images are not needed any more and why; delete them with --yes.
+
+    Stays: what a channel points to or may be rolled back to, what an images.lock.yaml in this folder or below pins,
+    what a server was made of, and the newest of each manifest.
+
+    Examples:
+      invoke prune --keep 3 --cloud mycloud
+      invoke prune --keep 3 --cloud mycloud --platform slurm --yes
+    """
+    cli_cloud.prune(
+        keep=keep,
+        cloud=cloud,
+        region=region,
+        platforms=platform,
+        locks=lock,
+        yes=yes and not dry_run,
+        as_json=json,
+    )
+
+
+def _resolve(
+    _context: Context,
+    platform: str,
+    channel: str = "stable",
+    tag: str = "",
+    format: str = "id",
+    cloud: str = "",
+    region: str = "",
+) -> None:
+    """Print one image, for a deploy config: the one that a channel points to, or that has a tag.
+
+    Examples:
+      invoke resolve --platform slurm --channel stable --cloud mycloud
+      invoke resolve --platform slurm --channel stable --format tfvars > images.auto.tfvars
+    """
+    cli_cloud.resolve(platform, of=channel, tag=tag, cloud=cloud, region=region, form=format)
+
+
+def _pin(
+    _context: Context,
+    platform: str = "",
+    channel: str = "stable",
+    tag: str = "",
+    cloud: str = "",
+    region: str = "",
+    file: str = "",
+    check: bool = False,
+    allow_behind: bool = False,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Write an image into images.lock.yaml, to commit beside a deploy config; or check what stands there.
+
+    --check fails where a pinned image is behind its channel, hidden, gone or altered.
+
+    Examples:
+      invoke pin --platform slurm --channel stable --cloud mycloud
+      invoke pin --check
+      invoke pin --check --allow-behind --file deploy/images.lock.yaml
+    """
+    cli_cloud.pin_image(
+        platform=platform,
+        of=channel,
+        tag=tag,
+        cloud=cloud,
+        region=region,
+        file=file,
+        check_only=check,
+        allow_behind=allow_behind,
+        dry_run=dry_run,
+        as_json=json,
+    )
 
 
 def _show(_context: Context, tag: str, json: bool = False) -> None:
@@ -339,6 +528,11 @@ WHAT = PLATFORM | {
     "format": "image files to make in place of the manifest's: qcow2, raw, or both with a comma",
 }
 JSON = {"json": "print JSON"}
+CLOUD = {
+    "cloud": "a cloud of clouds.yaml; OS_CLOUD, or 'cloud' in bakehouse.yaml, by default",
+    "region": "one of the cloud's regions",
+}
+DRY_RUN = {"dry-run": "say what would be done, and change nothing"}
 TAG = {"tag": "a tag, its beginning, or a manifest's name for its newest image"}
 
 bake = command(
@@ -351,6 +545,9 @@ bake = command(
         "force": "build even where nothing changed",
         "verbose": "show the output of diskimage-builder",
         "verify": "--no-verify: leave out booting and joining the image",
+        "upload": "publish it, where its verification did not fail",
+        "cloud": "publish it to this cloud of clouds.yaml",
+        "region": "one of the cloud's regions",
         "wait": "wait for a bake of the same platform that is going on (--no-wait: fail)",
     },
 )
@@ -414,7 +611,8 @@ manifests = Collection("manifests")
 manifests.add_task(command(_manifests, name="list", help=JSON), default=True)
 manifests.add_task(command(_schema, name="schema"))
 images = Collection("images")
-images.add_task(command(_images, name="list", help=JSON), default=True)
+images.add_task(command(_images, name="list", help=CLOUD | JSON), default=True)
+images.add_task(command(_images_verify, name="verify", positional=["tag"], help=TAG | CLOUD | JSON))
 images.add_task(command(_show, name="show", positional=["tag"], help=TAG | JSON))
 images.add_task(command(_timeline, name="timeline", positional=["tag"], help=TAG | JSON))
 images.add_task(command(_remove, name="remove", positional=["tag"], help=TAG))
@@ -470,6 +668,82 @@ cluster.add_task(
     command(_cluster_run, name="run", positional=["command"], help=CLUSTER | {"command": "a shell command line"})
 )
 
-namespace = Collection(
-    bake, plan, doctor, settings, test, boot, verify, userdata, manifests, images, cache, bench, join, cluster
+publish = Collection("publish")
+publish.add_task(
+    command(
+        _publish,
+        name="image",
+        positional=["tag"],
+        help=TAG
+        | CLOUD
+        | DRY_RUN
+        | JSON
+        | {
+            "visibility": "private, shared, community or public; the site's by default",
+            "format": "the file to send: qcow2 or raw; the first that the image has by default",
+        },
+    ),
+    default=True,
 )
+publish.add_task(command(_publish_check, name="check", help=CLOUD | JSON))
+CHANNEL = {"channel": "such as stable or candidate"}
+promote = command(
+    _promote,
+    name="promote",
+    positional=["tag"],
+    help=CLOUD
+    | DRY_RUN
+    | JSON
+    | {
+        "tag": "a published image's tag, or its beginning",
+        "to": "the channel; it is made where it is new",
+        "force": "also where the image is not verified; kept in the history",
+    },
+)
+rollback = command(_rollback, name="rollback", help=PLATFORM | CHANNEL | CLOUD | DRY_RUN | JSON)
+channels = command(_channels, name="channels", help=PLATFORM | CLOUD | JSON)
+prune = command(
+    _prune_images,
+    name="prune",
+    iterable=["platform", "lock"],
+    help=CLOUD
+    | DRY_RUN
+    | JSON
+    | {
+        "keep": "how many of each manifest stay in any case, the newest",
+        "platform": "only images of this manifest; may be repeated",
+        "lock": "another lock file whose images stay; may be repeated",
+        "yes": "delete what the plan says",
+    },
+)
+resolve = command(
+    _resolve,
+    name="resolve",
+    help=PLATFORM
+    | CHANNEL
+    | CLOUD
+    | {
+        "tag": "a tag, or its beginning, in place of a channel",
+        "format": "id, name, json, yaml, tfvars, env or ansible",
+    },
+)
+pin = command(
+    _pin,
+    name="pin",
+    help=PLATFORM
+    | CHANNEL
+    | CLOUD
+    | DRY_RUN
+    | JSON
+    | {
+        "tag": "a tag, or its beginning, in place of a channel",
+        "file": "the lock file; images.lock.yaml by default",
+        "check": "check the images in the lock file; exit status 1 where one is not as pinned",
+        "allow-behind": "with --check: an image that is behind its channel is no failure",
+    },
+)
+
+namespace = Collection(
+    bake, plan, doctor, settings, test, boot, verify, userdata, manifests, images, cache, bench, join, cluster,
+    publish, promote, rollback, channels, prune, resolve, pin,
+)  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from bakehouse import REPOSITORY, bench, bench_boot, build, cli_nodes, host, manifest, run, sudo
+from bakehouse import REPOSITORY, bench, bench_boot, build, cli_cloud, cli_nodes, host, manifest, run, sudo
 from bakehouse import plan as plans
 from bakehouse import settings as site
 from bakehouse.errors import BakehouseError
@@ -56,10 +56,14 @@ def bake(
     verbose: bool,
     wait: bool,
     verify: bool,
+    upload: cli_cloud.Target | None,
     as_json: bool,
 ) -> None:
-    """Bake an image, verify it, and print a summary."""
+    """Bake an image, verify it, publish it where that is wanted, and print a summary."""
     settings, store, cache = open_site()
+    if upload:
+        # A wrong name or credential is said before the bake, not after it.
+        upload.connect(settings).connection.close()
     _warn_of_damage(store)
     wanted = _make_plan(name, settings, release, formats)
     progress = errors if as_json else console
@@ -87,11 +91,18 @@ def bake(
                 hint=f"{error.hint or '`invoke doctor` checks this host'}; --no-verify leaves it out",
                 log=error.log,
             ) from error
+    failed = found.verification is not None and found.verification.result == "failed"
+    if upload and not failed:
+        if built and not as_json:
+            _print_summary(found, store)
+        with upload.connect(settings) as cloud:
+            cli_cloud.published(found, settings, store, cloud, as_json=as_json)
+        return
     if as_json:
         print_json(found.model_dump(mode="json") | {"built": built})
     elif built:
         _print_summary(found, store)
-    if found.verification and found.verification.result == "failed":
+    if failed:
         raise cli_nodes.failure(found, store)
     if not as_json:
         _print_next(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,15 @@ def _snapshot(value: str) -> str:
         raise ValueError("must be a time such as 20261101T000000Z")
     return value
 
+
+def _property(value: object) -> object:
+    """Turn what YAML makes of ``true``, ``3`` or ``2027-01-31`` back into what was written."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float | datetime.date) else value
+
+
+Property = Annotated[str | None, BeforeValidator(_property, json_schema_input_type=str | int | bool | None)]
 
 Size = Annotated[int | None, BeforeValidator(parse_size, json_schema_input_type=str)]
 
@@ -133,6 +143,11 @@ class Manifest(BaseModel):
         default={}, description="Variables that elements read (DIB_...)."
     )
     disk: Disk = Field(default=Disk(), description="The disk of the image.")
+    image_properties: dict[str, Property] = Field(
+        default={},
+        description="Properties that the image gets in Glance, beside or in place of those by default; null leaves one "
+        "out. Not an input of the digest: publish again to change them.",
+    )
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def _plan(resolved: Resolved, settings: Settings) -> Plan:
     tools = host.versions()
     base_inputs = _base_inputs(image, base_packages, expanded, settings, tools["mmdebstrap"])
     inputs = dict(base_inputs)
-    fields = image.model_dump(mode="json", exclude={"extends", "description"})
+    fields = image.model_dump(mode="json", exclude={"extends", "description", "image_properties"})
     inputs |= {f"manifest {key}": _plain(value) for key, value in fields.items()}
     inputs |= {f"variable {key}": value for key, value in environment.items()}
     inputs |= {f"package {p.name}": p.element for p in packages}

@@ -90,6 +90,20 @@ class Verification(_Part):
     """Of the boot after."""
 
 
+class Publication(_Part):
+    """Where an image was published."""
+
+    cloud: str
+    """As in clouds.yaml."""
+    region: str
+    project: str
+    id: str
+    """Of the image in Glance."""
+    name: str
+    format: str
+    at: datetime.datetime
+
+
 class Record(_Part):
     """All that is known about one image."""
 
@@ -124,7 +138,7 @@ class Record(_Part):
     builder: dict[str, str]
     """Versions of the tools that built it."""
     verification: Verification | None = None
-    published: list[dict[str, object]] = []
+    published: list[Publication] = []
 
     @property
     def seconds(self) -> float:

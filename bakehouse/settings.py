@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from bakehouse import REPOSITORY, yamlfile
 from bakehouse.errors import BakehouseError
+from bakehouse.manifest import Property
 
 APT_SOURCES = Path("/etc/apt")
 PREFIX = "BAKEHOUSE_"
@@ -92,6 +93,25 @@ class Settings(BaseModel):
         default="auto",
         description="auto: the build tree is kept in memory where memory is plenty. never: always on disk.",
     )
+    cloud: str = Field(
+        default="", description="The cloud of clouds.yaml that images are published to, where no other is named."
+    )
+    visibility: Literal["private", "shared", "community", "public"] = Field(
+        default="private", description="Who sees published images; public takes an administrator in most clouds."
+    )
+    image_properties: dict[str, Property] = Field(
+        default={}, description="Properties that all published images get in Glance; a manifest's own win."
+    )
+    image_owner: str = Field(
+        default="",
+        description="Id of the project whose published images are looked at. Default: the credential's own.",
+    )
+    signing_key: Folder | None = Field(default=None, description="stub")
+    trusted_keys: list[Folder] = Field(default=[], description="stub")
+    require_signature: bool = Field(default=False, description="stub")
+    rollback_steps: int = Field(
+        default=3, ge=1, description="How many images a channel can be rolled back by; `invoke prune` keeps so many."
+    )
     cache_limit_gib: float = Field(default=20, gt=0, description="What `invoke cache.prune` shrinks the cache to, GiB.")
 
     def mirrors(self, snapshot: str | None = None) -> tuple[str, str]:
@@ -131,12 +151,28 @@ def load(environment: Mapping[str, str] = os.environ, start: Path | None = None)
         value = environment.get(PREFIX + name.upper())
         if value is not None:
             given.add(name)
-            data[name] = _absolute(name, value.split(":") if name in _LISTS else value, Path.cwd())
+            data[name] = _absolute(name, _of_variable(name, value), Path.cwd())
     return yamlfile.check(Settings, _Given(document.path, data, document.lines, frozenset(given)))
 
 
 _FOLDERS = {"store", "cache", "broker"}
 _LISTS = {"manifests", "elements", "image_tests"}
+_MAPPINGS = {"image_properties"}
+
+
+def _of_variable(name: str, value: str) -> Any:
+    """Return what a variable says: lists have colons between their items, mappings are YAML on one line."""
+    if name in _LISTS:
+        return value.split(":")
+    if name in _MAPPINGS:
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise BakehouseError(
+                f"variable {PREFIX}{name.upper()}: not YAML: {' '.join(str(error).split())}",
+                hint="write it like '{hw_disk_bus: scsi}'",
+            ) from error
+    return value
 
 
 @dataclass(frozen=True)

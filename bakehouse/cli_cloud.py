@@ -1,0 +1,601 @@
+"""What the tasks about clouds print: publish, channels, retention, pins, lists. The doing is in the other modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from bakehouse import channel, compute, inventory, manifest, pin, properties, retention, signature, upload
+from bakehouse import publish as publication
+from bakehouse import settings as site
+from bakehouse.cloud import Cloud, connect
+from bakehouse.errors import BakehouseError
+from bakehouse.glance import Glance
+from bakehouse.pin import Pin
+from bakehouse.progress import Progress
+from bakehouse.properties import Metadata
+from bakehouse.published import Catalogue, Published
+from bakehouse.record import ImageFile, Record
+from bakehouse.settings import Settings
+from bakehouse.store import LocalStore
+from bakehouse.terminal import age_text, console, errors, open_site, print_json, size_text
+
+GUEST_AGENT = "qemu-guest-agent"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A cloud as flags name it."""
+
+    cloud: str
+    region: str
+
+    def connect(self, settings: Settings) -> Cloud:
+        """Connect to it."""
+        return _connect(settings, self.cloud, self.region)
+
+
+def _connect(settings: Settings, cloud: str, region: str) -> Cloud:
+    return connect(cloud, region=region, default=settings.cloud)
+
+
+def _catalogue(cloud: Cloud, settings: Settings) -> Catalogue:
+    return Catalogue.read(cloud, settings.image_owner)
+
+
+# Publish.
+
+
+def publish(
+    tag: str, *, cloud: str, region: str, visibility: str, file_format: str, dry_run: bool, as_json: bool
+) -> None:
+    """Publish an image and print where it is."""
+    settings, store, _ = open_site()
+    record = store.get(tag)
+    with _connect(settings, cloud, region) as connected:
+        if dry_run:
+            _print_plan_of_publication(record, settings, store, connected, file_format)
+        else:
+            published(record, settings, store, connected, visibility=visibility, kind=file_format, as_json=as_json)
+
+
+def published(
+    record: Record,
+    settings: Settings,
+    store: LocalStore,
+    cloud: Cloud,
+    *,
+    visibility: str = "",
+    kind: str = "",
+    as_json: bool = False,
+) -> None:
+    """Publish an image to a cloud that is connected, and print where it is."""
+    allowed = ("private", "shared", "community", "public")
+    if visibility and visibility not in allowed:
+        raise BakehouseError(f"--visibility {visibility}: it is one of {', '.join(allowed)}")
+    progress = errors if as_json else console
+    if settings.signing_key:
+        signature.write_envelope(*_signed(record, settings, store, kind))
+    file, metadata = _metadata(record, settings, store, kind)
+    done = publication.publish(
+        record,
+        file,
+        store,
+        cloud,
+        metadata,
+        progress,
+        visibility=visibility or settings.visibility,
+        set_visibility=bool(visibility),
+    )
+
+    def say(text: str) -> None:
+        progress.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    publication.remove_leftovers(_catalogue(cloud, settings), store, record.tag, say)
+    if as_json:
+        facts = {"outcome": done.outcome, "changes": done.changes, "seconds": round(done.seconds, 2)}
+        print_json(_row(done.image, None, None, cloud) | facts)
+        return
+    _print_publication(record, done, cloud)
+
+
+def _print_publication(record: Record, done: publication.Done, cloud: Cloud) -> None:
+    image = done.image.image
+    if done.outcome == "unchanged":
+        console.print(f"{record.name} {record.tag} is in {cloud.place} already, as it should be.", highlight=False)
+    elif done.outcome == "updated":
+        console.print(f"changed: {', '.join(done.changes)}", highlight=False, soft_wrap=True)
+    console.print()
+    rate = f", {done.rate / (1 << 20):.0f} MiB/s" if done.seconds else ""
+    facts = [
+        ("image", f"{image.name}  ({size_text(image.size)}{rate})"),
+        ("id", image.id),
+        ("cloud", f"{cloud.place}, {image.visibility}"),
+        ("sha512", f"{done.image.says('sha512')[:32]}... is what Glance has"),
+        ("verified", done.image.verified),
+        ("signed", done.image.says("signature_key")[:16] or "-"),
+    ]
+    for name, value in facts:
+        console.print(f"[bold]{name:9}[/] {escape(value)}", highlight=False, soft_wrap=True)
+    following = f"invoke promote {record.tag} --to candidate --cloud {cloud.name}"
+    if done.image.verified == "none":
+        following = f"invoke verify {record.tag}, then publish again: it is not verified yet"
+    console.print(f"\nNext: [bold]{escape(following)}[/]", highlight=False, soft_wrap=True)
+
+
+def _file(record: Record, kind: str) -> ImageFile:
+    files = [file for file in record.files if file.format == kind or not kind]
+    if not files:
+        made = ", ".join(file.format for file in record.files)
+        raise BakehouseError(f"{record.tag} has no {kind} file, only {made}", hint=f"bake with --format {kind}")
+    return files[0]
+
+
+def _statement(record: Record, file: ImageFile) -> signature.Statement:
+    verified = record.verification.result if record.verification else "none"
+    return signature.Statement(
+        name=record.name,
+        platform=record.platform,
+        tag=record.tag,
+        digest=record.digest,
+        format=file.format,
+        sha512=file.sha512,
+        record_sha256=signature.record_digest(record),
+        sbom_sha256=record.sbom_sha256,
+        verified=verified,
+    )
+
+
+def _signed(
+    record: Record, settings: Settings, store: LocalStore, kind: str
+) -> tuple[Path, signature.Statement, signature.Signature]:
+    assert settings.signing_key is not None
+    statement = _statement(record, _file(record, kind))
+    made = signature.sign(statement, signature.load_private_key(settings.signing_key))
+    return store.folder(record.tag) / signature.FILE_NAME, statement, made
+
+
+def _metadata(record: Record, settings: Settings, store: LocalStore, kind: str) -> tuple[ImageFile, Metadata]:
+    """Return the file to publish and what the image shall say of itself."""
+    file = _file(record, kind)
+    overrides: list[tuple[str, properties.Values]] = [("image_properties of the site", settings.image_properties)]
+    description = ""
+    places = manifest.folders(settings.manifests)
+    if record.name in manifest.find_all(places):
+        resolved = manifest.resolve(record.name, places).manifest
+        description = resolved.description
+        overrides.append((f"image_properties of the manifest {record.name}", resolved.image_properties))
+    made = properties.make(
+        record,
+        file,
+        description=description,
+        overrides=tuple(overrides),
+        guest_agent=properties.has_package(store.folder(record.tag) / record.sbom, GUEST_AGENT),
+        record_sha256=signature.record_digest(record),
+        signature=_signed(record, settings, store, kind)[2] if settings.signing_key else None,
+    )
+    return file, made
+
+
+def _print_plan_of_publication(record: Record, settings: Settings, store: LocalStore, cloud: Cloud, kind: str) -> None:
+    file, metadata = _metadata(record, settings, store, kind)
+    upload.check(store.image(record, file.format), file)
+    there = [image for image in _catalogue(cloud, settings).images if image.tag == record.tag]
+    table = Table("Property", "Value", box=None, pad_edge=False)
+    for key, value in metadata.fields().items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        table.add_row(key, escape(shown))
+    console.print(table)
+    console.print()
+    if there and not there[0].incoming:
+        console.print(f"{record.tag} is in {cloud.place} already: {there[0].id}", highlight=False)
+    else:
+        verb = "finish the upload of" if there else "upload"
+        console.print(f"would {verb} {size_text(file.size)} to {cloud.place}", highlight=False)
+
+
+def check(*, cloud: str, region: str, as_json: bool) -> None:
+    """List what is in the store or in the cloud only, and what is amiss."""
+    settings, store, _ = open_site()
+    with _connect(settings, cloud, region) as connected:
+        findings = inventory.compare(store, _catalogue(connected, settings))
+        place = connected.place
+    if as_json:
+        print_json([dataclasses.asdict(finding) for finding in findings])
+    elif not findings:
+        console.print(f"The store and {place} hold the same images.", highlight=False)
+    else:
+        table = Table("State", "Manifest", "Tag", "Id in Glance", "", box=None, pad_edge=False)
+        for finding in findings:
+            state = f"[bold red]{finding.state}[/]" if finding.fault else finding.state
+            table.add_row(state, finding.name, finding.tag, finding.id or "-", escape(finding.detail))
+        console.print(table)
+    faults = [finding for finding in findings if finding.fault]
+    if faults:
+        raise BakehouseError(
+            f"{len(faults)} images are not as they should be", hint="the last column says how to mend it"
+        )
+
+
+# Channels.
+
+
+def promote(tag: str, *, to: str, cloud: str, region: str, force: bool, dry_run: bool, as_json: bool) -> None:
+    """Move a channel to an image, and print what that changed."""
+    settings = site.load()
+    with _connect(settings, cloud, region) as connected:
+        moved = channel.promote(
+            connected,
+            settings.image_owner,
+            tag,
+            to,
+            force=force,
+            dry_run=dry_run,
+            check=_signature_check(settings),
+        )
+        _print_moved(moved, to, connected, dry_run=dry_run, as_json=as_json)
+
+
+def _signature_check(settings: Settings) -> Callable[[Published], None]:
+    def check_it(image: Published) -> None:
+        if not settings.require_signature:
+            return
+        trusted = signature.load_trusted(settings.trusted_keys)
+        if image.signature is None:
+            raise BakehouseError(
+                f"{image.tag} is not signed, and this site demands it (require_signature)",
+                hint=f"publish it again where 'signing_key' is set: `invoke publish {image.tag}`",
+            )
+        signature.verify(image.statement, image.signature, trusted)
+
+    return check_it
+
+
+def rollback(name: str, *, of: str, cloud: str, region: str, dry_run: bool, as_json: bool) -> None:
+    """Move a channel back by one image, and print what that changed."""
+    settings = site.load()
+    with _connect(settings, cloud, region) as connected:
+        moved = channel.rollback(connected, settings.image_owner, name, of, dry_run=dry_run)
+        _print_moved(moved, of, connected, dry_run=dry_run, as_json=as_json)
+
+
+def _print_moved(moved: channel.Moved, name: str, cloud: Cloud, *, dry_run: bool, as_json: bool) -> None:
+    before = moved.before.tag if moved.before else None
+    if as_json:
+        print_json({
+            "channel": name, "platform": moved.now.name, "before": before, "now": moved.now.tag, "id": moved.now.id,
+            "moved": moved.moved, "hidden": [image.tag for image in moved.hidden], "dry_run": dry_run,
+        })  # fmt: skip
+        return
+    would = "would move" if dry_run else "moved"
+    if not moved.moved:
+        console.print(f"{name} of {moved.now.name} points to {moved.now.tag} already.", highlight=False)
+    else:
+        from_text = f" from {before}" if before else ""
+        console.print(
+            f"{would} {name} of {moved.now.name}{from_text} to [bold]{moved.now.tag}[/] ({moved.now.id})",
+            highlight=False,
+        )
+    for image in moved.hidden:
+        verb = "would hide" if dry_run else "hid"
+        console.print(f"{verb} {image.tag} ({image.id}); servers and pins keep it", highlight=False)
+    after = moved.history.current
+    if not dry_run and after is not None and after.id != moved.now.id:
+        console.print(f"[yellow]meanwhile somebody else moved it on to {after.tag}[/]", highlight=False)
+    if moved.moved and not dry_run and before:
+        undo = f"invoke rollback --platform {moved.now.name} --channel {name} --cloud {cloud.name}"
+        console.print(f"\nBack: [bold]{undo}[/]", highlight=False, soft_wrap=True)
+
+
+def channels(*, cloud: str, region: str, platform: str, as_json: bool) -> None:
+    """Print where channels point to and how they came there."""
+    settings = site.load()
+    with _connect(settings, cloud, region) as connected:
+        catalogue = _catalogue(connected, settings)
+    wanted = [(name, one) for name, one in catalogue.channels() if name == platform or not platform]
+    histories = [channel.history(catalogue, name, one) for name, one in wanted]
+    if as_json:
+        print_json([_history_facts(past) for past in histories])
+        return
+    if not histories:
+        console.print(
+            f"No channels in {catalogue.cloud.place} yet: [bold]invoke promote TAG --to candidate[/]", highlight=False
+        )
+        return
+    table = Table("Manifest", "Channel", "Move", "Tag", "When", "From", "By", "", box=None, pad_edge=False)
+    for past in histories:
+        for move in reversed(past.moves):
+            points = past.current is not None and move is past.moves[-1]
+            note = ("[green]points here[/] " if points else "") + ("[yellow]forced[/]" if move.forced else "")
+            kind = move.kind if move.kind == "promote" else f"[yellow]{move.kind}[/]"
+            row = [move.tag, move.at.replace("T", " ").rstrip("Z"), move.before or "-", escape(move.by), note]
+            table.add_row(past.name, past.channel, f"{move.number} {kind}", *row)
+    console.print(table)
+
+
+def _history_facts(past: channel.History) -> dict[str, Any]:
+    now, back = past.current, past.previous
+    return {
+        "platform": past.name,
+        "channel": past.channel,
+        "tag": now.tag if now else None,
+        "id": now.id if now else None,
+        "rollback": back.tag if back else None,
+        "moves": [dataclasses.asdict(move) for move in past.moves],
+    }
+
+
+# Retention.
+
+
+def prune(
+    *, keep: int, cloud: str, region: str, platforms: list[str], locks: list[str], yes: bool, as_json: bool
+) -> None:
+    """Show which images would go and why, and delete them with yes."""
+    settings = site.load()
+    pins = retention.pinned(Path.cwd(), [Path(name).expanduser() for name in locks])
+    with _connect(settings, cloud, region) as connected:
+        catalogue = _catalogue(connected, settings)
+        usage = compute.usage(connected)
+        verdicts = retention.plan(
+            catalogue, usage, pins, keep=keep, rollback_steps=settings.rollback_steps, names=platforms
+        )
+        going = [verdict for verdict in verdicts if verdict.delete]
+        if not as_json:
+            _print_verdicts(verdicts, usage, connected)
+        done = retention.delete(catalogue, verdicts) if yes else []
+    if as_json:
+        failed = {gone.image.id: gone.error for gone in done}
+        print_json([_verdict_facts(verdict) | {"error": failed.get(verdict.image.id)} for verdict in verdicts])
+    elif going and not yes:
+        console.print("\nNothing was deleted: [bold]--yes[/] does it.", highlight=False)
+    elif yes:
+        freed = sum(gone.image.image.size for gone in done if not gone.error)
+        count = sum(not gone.error for gone in done)
+        console.print(f"\ndeleted {count} images, {size_text(freed)}", highlight=False)
+    errors_found = [gone for gone in done if gone.error]
+    if errors_found:
+        log = "\n".join(f"{gone.image.tag}: {gone.error}" for gone in errors_found)
+        raise BakehouseError(
+            f"{len(errors_found)} images could not be deleted", hint="the lines above say why", log=log
+        )
+
+
+def _verdict_facts(verdict: retention.Verdict) -> dict[str, Any]:
+    image = verdict.image
+    return {
+        "platform": image.name, "tag": image.tag, "id": image.id, "size": image.image.size,
+        "age_seconds": round(verdict.age.total_seconds()), "delete": verdict.delete, "why": verdict.why,
+    }  # fmt: skip
+
+
+def _print_verdicts(verdicts: list[retention.Verdict], usage: compute.Usage, cloud: Cloud) -> None:
+    if not verdicts:
+        console.print(f"No images of ours in {cloud.place}.", highlight=False)
+        return
+    table = Table("", "Manifest", "Tag", "Age", "Size", "Why", box=None, pad_edge=False)
+    table.columns[4].justify = "right"
+    for verdict in verdicts:
+        mark = "[bold red]delete[/]" if verdict.delete else "[green]keep[/]"
+        image = verdict.image
+        size = size_text(image.image.size)
+        table.add_row(mark, image.name, image.tag, _age(verdict.age), size, escape(verdict.why))
+    console.print(table)
+    going = [verdict for verdict in verdicts if verdict.delete]
+    size = size_text(sum(verdict.image.image.size for verdict in going))
+    console.print(f"{len(going)} of {len(verdicts)} images would go, {size}", highlight=False)
+    if usage.reason:
+        scope = "what servers use is not known" if not usage.known else "not all is known of what servers use"
+        console.print(f"[yellow]{scope}: {escape(usage.reason)}[/]", highlight=False, soft_wrap=True)
+
+
+def _age(age: datetime.timedelta) -> str:
+    return age_text(datetime.datetime.now(datetime.UTC) - age)
+
+
+# Choosing.
+
+
+def resolve(platform: str, *, of: str, tag: str, cloud: str, region: str, form: str) -> None:
+    """Print one image, for a deploy config."""
+    settings = site.load()
+    channel.check_name(of)
+    with _connect(settings, cloud, region) as connected:
+        catalogue = _catalogue(connected, settings)
+        found = pin.choose(catalogue, platform, channel_name=of, tag=tag)
+        print(pin.render(pin.pin_of(catalogue, found, "" if tag else of), form))
+
+
+def pin_image(
+    *,
+    platform: str,
+    of: str,
+    tag: str,
+    cloud: str,
+    region: str,
+    file: str,
+    check_only: bool,
+    allow_behind: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Write an image into a lock file, or check the images in it."""
+    settings = site.load()
+    path = Path(file or pin.FILE_NAME)
+    if check_only:
+        _check_pins(path, settings, cloud, region, platform, allow_behind=allow_behind, as_json=as_json)
+        return
+    if not platform:
+        raise BakehouseError("which image? --platform is missing", hint="invoke pin --platform slurm --channel stable")
+    channel.check_name(of)
+    with _connect(settings, cloud, region) as connected:
+        catalogue = _catalogue(connected, settings)
+        found = pin.choose(catalogue, platform, channel_name=of, tag=tag)
+        entry = pin.pin_of(catalogue, found, "" if tag else of)
+    if dry_run:
+        console.print(f"would pin {entry.platform} {entry.tag} ({entry.id}) in {path}", highlight=False, soft_wrap=True)
+        return
+    before, changed = pin.write(path, entry)
+    if as_json:
+        print_json(
+            {"file": str(path), "changed": changed, "before": before.tag if before else None, **entry.model_dump()}
+        )
+        return
+    was = f", in place of {before.tag}" if before and before.tag != entry.tag else ""
+    done = "pinned" if changed else "has been pinned before:"
+    console.print(f"{done} {entry.platform} {entry.tag} ({entry.id}) in {path}{was}", highlight=False, soft_wrap=True)
+
+
+def _check_pins(
+    path: Path, settings: Settings, cloud: str, region: str, platform: str, *, allow_behind: bool, as_json: bool
+) -> None:
+    entries = [entry for entry in pin.read(path).images if entry.platform == platform or not platform]
+    if not entries:
+        raise BakehouseError(f"{path} pins no image{f' of {platform}' if platform else ''}")
+    found: list[pin.Checked] = []
+    catalogues: dict[tuple[str, str], Catalogue] = {}
+    opened: list[Cloud] = []
+    try:
+        for entry in entries:
+            key = (cloud or entry.cloud, region or entry.region)
+            if key not in catalogues:
+                opened.append(_connect(settings, *key))
+                catalogues[key] = _catalogue(opened[-1], settings)
+            found.append(pin.check(entry, catalogues[key]))
+    finally:
+        for one in opened:
+            one.connection.close()
+    if as_json:
+        print_json([{"state": one.state, "detail": one.detail, **one.pin.model_dump()} for one in found])
+    else:
+        _print_pins(found)
+    good = {"ok", "behind"} if allow_behind else {"ok"}
+    bad = [one for one in found if one.state not in good]
+    if bad:
+        names = ", ".join(f"{one.pin.platform} is {one.state}" for one in bad)
+        raise BakehouseError(f"{path}: {names}", hint=_how_to_renew(bad[0].pin))
+
+
+def _how_to_renew(entry: Pin) -> str:
+    where = f"--channel {entry.channel}" if entry.channel else "--tag TAG"
+    return f"`invoke pin --platform {entry.platform} {where} --cloud {entry.cloud}` pins anew"
+
+
+def _print_pins(found: list[pin.Checked]) -> None:
+    table = Table("", "Manifest", "Tag", "Channel", "Cloud", "", box=None, pad_edge=False)
+    colours = {"ok": "green", "behind": "yellow"}
+    for one in found:
+        mark = f"[{colours.get(one.state, 'bold red')}]{one.state}[/]"
+        entry = one.pin
+        table.add_row(mark, entry.platform, entry.tag, entry.channel or "-", entry.cloud, escape(one.detail))
+    console.print(table)
+
+
+# Lists.
+
+
+def _row(
+    image: Published, channels_of: dict[str, list[str]] | None, usage: compute.Usage | None, cloud: Cloud
+) -> dict[str, Any]:
+    return {
+        "platform": image.says("platform"),
+        "name": image.name,
+        "tag": image.tag,
+        "channels": (channels_of or {}).get(image.id, []),
+        "id": image.id,
+        "image_name": image.image.name,
+        "state": "unfinished" if image.incoming else image.image.status,
+        "hidden": image.image.hidden,
+        "visibility": image.image.visibility,
+        "created": image.image.created.isoformat(),
+        "age_seconds": round((cloud.clock - image.image.created).total_seconds()),
+        "size": image.image.size,
+        "verified": image.verified,
+        "signed": bool(image.signature),
+        "servers": usage.servers[image.id] if usage and usage.known else None,
+        "sha512": image.says("sha512"),
+        "cloud": cloud.name,
+        "region": cloud.region,
+    }
+
+
+def images(*, cloud: str, region: str, as_json: bool) -> None:
+    """List the images in a cloud."""
+    settings = site.load()
+    with _connect(settings, cloud, region) as connected:
+        catalogue = _catalogue(connected, settings)
+        usage = compute.usage(connected)
+    pointed = channel.pointed_to(catalogue)
+    if as_json:
+        print_json([_row(image, pointed, usage, connected) for image in catalogue.images])
+        return
+    if not catalogue.images:
+        console.print(f"No images of ours in {connected.place} yet: [bold]invoke publish TAG[/]", highlight=False)
+        return
+    titles = ["Tag", "Manifest", "Platform", "Channel", "Age", "Size", "Verified", "Servers", "State"]
+    table = Table(*titles, box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
+    table.columns[5].justify = table.columns[7].justify = "right"
+    colours = {"passed": "green", "failed": "bold red", "none": "yellow"}
+    for image in catalogue.images:
+        state = "[bold red]unfinished[/]" if image.incoming else image.image.status
+        signed = ", signed" if image.signature else ""
+        table.add_row(
+            image.tag,
+            image.name,
+            image.says("platform"),
+            f"[bold]{', '.join(pointed.get(image.id, [])) or '-'}[/]",
+            _age(max(connected.clock - image.image.created, datetime.timedelta(0))),
+            size_text(image.image.size),
+            f"[{colours.get(image.verified, '')}]{image.verified}[/]{signed}",
+            usage.text(image.id),
+            state + (", hidden" if image.image.hidden else ""),
+            style="dim" if image.image.hidden else "",
+        )
+    console.print(table)
+    total = sum(image.image.size for image in catalogue.images)
+    note = f"{len(catalogue.images)} images, {size_text(total)}, in {connected.place}"
+    console.print(
+        f"[dim]{note}{f'; {escape(usage.reason)}' if usage.reason else ''}[/]", highlight=False, soft_wrap=True
+    )
+
+
+def verify(tag: str, *, cloud: str, region: str, as_json: bool) -> None:
+    """Download an image and check that it is what was baked."""
+    settings, store, _ = open_site()
+    with _connect(settings, cloud, region) as connected:
+        image = _catalogue(connected, settings).get(tag)
+        progress_console = errors if as_json else console
+        records = [record for record in store.records() if (record.name, record.tag) == (image.name, image.tag)]
+        with (
+            Progress(
+                f"Checking {image.name} {image.tag} in {connected.place}", ["download"], progress_console
+            ) as shown,
+            shown.stage("download"),
+        ):
+            meter = upload.Meter(image.image.size, shown.line, shown.note)
+            against = inventory.verify(image, records[0] if records else None, Glance(connected), meter.tell)
+    signed = _check_signature(image, settings)
+    if as_json:
+        print_json(
+            {"tag": image.tag, "id": image.id, "sha512": image.says("sha512"), "compared": against, "signed": signed}
+        )
+        return
+    console.print(f"{image.tag} is what was baked: its SHA-512 is that of {', '.join(against)}.", highlight=False)
+    console.print(f"signature: {signed}", highlight=False, soft_wrap=True)
+
+
+def _check_signature(image: Published, settings: Settings) -> str:
+    if image.signature is None:
+        _signature_check(settings)(image)
+        return "none"
+    if not settings.trusted_keys:
+        return f"by key {image.signature.keyid[:16]}, not checked: 'trusted_keys' is not set"
+    signature.verify(image.statement, image.signature, signature.load_trusted(settings.trusted_keys))
+    return f"good, by key {image.signature.keyid[:16]}"
