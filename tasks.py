@@ -10,7 +10,7 @@ from typing import Any
 
 from invoke import Collection, Context, Exit, task
 
-from bakehouse import cli, cli_cloud, cli_nodes, terminal
+from bakehouse import cli, cli_cloud, cli_nodes, cli_openstack, terminal
 from bakehouse.errors import BakehouseError
 
 
@@ -508,6 +508,27 @@ def _bench_boot(_context: Context, rounds: int = 3, json: bool = False) -> None:
     cli.bench_boot_to_joined(rounds=rounds, as_json=json)
 
 
+def _openstack_up(_context: Context, name: str = "") -> None:
+    """Start a real Keystone and Glance on this host, to try publishing with; writes an entry in clouds.yaml.
+
+    Example: invoke openstack.up
+    """
+    cli_openstack.up(name=name)
+
+
+def _openstack_down(_context: Context, delete: bool = False) -> None:
+    """Stop the local OpenStack. Its images stay for the next time, unless --delete is given.
+
+    Example: invoke openstack.down --delete
+    """
+    cli_openstack.down(delete=delete)
+
+
+def _openstack_status(_context: Context, json: bool = False) -> None:
+    """Show whether the local OpenStack runs, where, and what it holds."""
+    cli_openstack.status(as_json=json)
+
+
 def _settings(_context: Context) -> None:
     """Print the settings that hold here."""
     cli.show_settings()
@@ -743,7 +764,14 @@ pin = command(
     },
 )
 
+openstack = Collection("openstack")
+openstack.add_task(command(_openstack_up, name="up", help={"name": "its name in clouds.yaml; bakehouse by default"}))
+openstack.add_task(
+    command(_openstack_down, name="down", help={"delete": "its images, databases and clouds.yaml entries too"})
+)
+openstack.add_task(command(_openstack_status, name="status", help=JSON), default=True)
+
 namespace = Collection(
     bake, plan, doctor, settings, test, boot, verify, userdata, manifests, images, cache, bench, join, cluster,
-    publish, promote, rollback, channels, prune, resolve, pin,
+    publish, promote, rollback, channels, prune, resolve, pin, openstack,
 )  # fmt: skip

@@ -238,11 +238,18 @@ def file_digest(path: Path, *algorithms: str) -> dict[str, str]:
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file beside its place, sync it and rename it."""
+def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Write a file beside its place, sync it and rename it.
+
+    Args:
+        path: the file.
+        text: what it shall hold.
+        mode: its permissions, less the process's umask.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        partial.touch(mode=mode)
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -83,29 +84,30 @@ def bake(
             f"{found.name} {found.tag} is up to date: nothing that goes into it has changed. (--force builds)"
         )
     if verify and found.verification is None and cli_nodes.can_verify(found):
-        try:
-            found = cli_nodes.verified(found, settings, store, progress, verbose=verbose)
-        except BakehouseError as error:
-            raise BakehouseError(
-                f"{found.tag} is baked, but it could not be verified here: {error.message}",
-                hint=f"{error.hint or '`invoke doctor` checks this host'}; --no-verify leaves it out",
-                log=error.log,
-            ) from error
+        found = _verified(found, settings, store, progress, verbose=verbose)
     failed = found.verification is not None and found.verification.result == "failed"
-    if upload and not failed:
-        if built and not as_json:
-            _print_summary(found, store)
-        with upload.connect(settings) as cloud:
-            cli_cloud.published(found, settings, store, cloud, as_json=as_json)
-        return
-    if as_json:
-        print_json(found.model_dump(mode="json") | {"built": built})
-    elif built:
+    if built and not as_json:
         _print_summary(found, store)
+    if as_json and (failed or not upload):
+        print_json(found.model_dump(mode="json") | {"built": built})
     if failed:
         raise cli_nodes.failure(found, store)
-    if not as_json:
+    if upload:
+        with upload.connect(settings) as cloud:
+            cli_cloud.published(found, settings, store, cloud, as_json=as_json)
+    elif not as_json:
         _print_next(found)
+
+
+def _verified(found: Record, settings: site.Settings, store: LocalStore, progress: Console, *, verbose: bool) -> Record:
+    try:
+        return cli_nodes.verified(found, settings, store, progress, verbose=verbose)
+    except BakehouseError as error:
+        raise BakehouseError(
+            f"{found.tag} is baked, but it could not be verified here: {error.message}",
+            hint=f"{error.hint or '`invoke doctor` checks this host'}; --no-verify leaves it out",
+            log=error.log,
+        ) from error
 
 
 def _print_summary(found: Record, store: LocalStore) -> None:

@@ -80,9 +80,11 @@ def published(
     if visibility and visibility not in allowed:
         raise BakehouseError(f"--visibility {visibility}: it is one of {', '.join(allowed)}")
     progress = errors if as_json else console
-    if settings.signing_key:
-        signature.write_envelope(*_signed(record, settings, store, kind))
     file, metadata = _metadata(record, settings, store, kind)
+    signed = _sign(record, settings, file.format)
+    if signed:
+        folder = store.folder(record.tag)
+        signature.write_envelope(folder, signature.statement_of(record, file.format), signed)
     done = publication.publish(
         record,
         file,
@@ -137,28 +139,11 @@ def _file(record: Record, kind: str) -> ImageFile:
     return files[0]
 
 
-def _statement(record: Record, file: ImageFile) -> signature.Statement:
-    verified = record.verification.result if record.verification else "none"
-    return signature.Statement(
-        name=record.name,
-        platform=record.platform,
-        tag=record.tag,
-        digest=record.digest,
-        format=file.format,
-        sha512=file.sha512,
-        record_sha256=signature.record_digest(record),
-        sbom_sha256=record.sbom_sha256,
-        verified=verified,
-    )
-
-
-def _signed(
-    record: Record, settings: Settings, store: LocalStore, kind: str
-) -> tuple[Path, signature.Statement, signature.Signature]:
-    assert settings.signing_key is not None
-    statement = _statement(record, _file(record, kind))
-    made = signature.sign(statement, signature.load_private_key(settings.signing_key))
-    return store.folder(record.tag) / signature.FILE_NAME, statement, made
+def _sign(record: Record, settings: Settings, kind: str) -> signature.Signature | None:
+    """Return the site's signature of what is published; None where it has no key."""
+    if settings.signing_key is None:
+        return None
+    return signature.sign(signature.statement_of(record, kind), signature.load_private_key(settings.signing_key))
 
 
 def _metadata(record: Record, settings: Settings, store: LocalStore, kind: str) -> tuple[ImageFile, Metadata]:
@@ -178,7 +163,7 @@ def _metadata(record: Record, settings: Settings, store: LocalStore, kind: str) 
         overrides=tuple(overrides),
         guest_agent=properties.has_package(store.folder(record.tag) / record.sbom, GUEST_AGENT),
         record_sha256=signature.record_digest(record),
-        signature=_signed(record, settings, store, kind)[2] if settings.signing_key else None,
+        signature=_sign(record, settings, file.format),
     )
     return file, made
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from platformdirs import user_state_path
 
-from bakehouse import REPOSITORY, accounting, cluster, waiting
+from bakehouse import REPOSITORY, accounting, cluster, process, waiting
 from bakehouse.cache import write_atomically
 from bakehouse.cluster import Cluster
 from bakehouse.errors import BakehouseError
@@ -48,7 +48,7 @@ class Demo:
     @property
     def running(self) -> bool:
         """Whether it is still there."""
-        return _started(self.keeper) == self.keeper_started
+        return process.started(self.keeper) == self.keeper_started
 
     def attach(self, log: Log) -> Cluster:
         """Return it, to work with."""
@@ -148,15 +148,6 @@ def down(platform: str) -> Demo:
     return found
 
 
-def _started(pid: int) -> int:
-    """Return when a process started, in ticks since the host's boot; -1 where there is none or it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return -1
-    return -1 if fields[0] in "ZX" else int(fields[19])
-
-
 def keep(
     platform: str, tag: str, image: Path, authentication: Authentication, log: Log, release: str, *mirrors: str
 ) -> None:
@@ -170,7 +161,7 @@ def keep(
         made.controller.start()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         pid = os.getpid()
-        found = Demo(platform, tag, authentication, pid, _started(pid), made.network.pid, now)
+        found = Demo(platform, tag, authentication, pid, process.started(pid), made.network.pid, now)
         write_atomically(note, json.dumps(asdict(found)))
         try:
             while True:

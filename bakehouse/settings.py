@@ -106,9 +106,13 @@ class Settings(BaseModel):
         default="",
         description="Id of the project whose published images are looked at. Default: the credential's own.",
     )
-    signing_key: Folder | None = Field(default=None, description="stub")
-    trusted_keys: list[Folder] = Field(default=[], description="stub")
-    require_signature: bool = Field(default=False, description="stub")
+    signing_key: Folder | None = Field(
+        default=None, description="Private key (PEM, Ed25519) that published images are signed with."
+    )
+    trusted_keys: list[Folder] = Field(default=[], description="Public keys whose signatures count.")
+    require_signature: bool = Field(
+        default=False, description="Promote only images with a good signature of a trusted key."
+    )
     rollback_steps: int = Field(
         default=3, ge=1, description="How many images a channel can be rolled back by; `invoke prune` keeps so many."
     )
@@ -155,8 +159,8 @@ def load(environment: Mapping[str, str] = os.environ, start: Path | None = None)
     return yamlfile.check(Settings, _Given(document.path, data, document.lines, frozenset(given)))
 
 
-_FOLDERS = {"store", "cache", "broker"}
-_LISTS = {"manifests", "elements", "image_tests"}
+_FOLDERS = {"store", "cache", "broker", "signing_key"}
+_LISTS = {"manifests", "elements", "image_tests", "trusted_keys"}
 _MAPPINGS = {"image_properties"}
 
 

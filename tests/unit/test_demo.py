@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from bakehouse import accounting, cluster, demo, waiting
+from bakehouse import accounting, cluster, demo, process, waiting
 from bakehouse.demo import Demo
 from bakehouse.errors import BakehouseError
 from bakehouse.record import Record
@@ -82,7 +82,7 @@ class Laptop:
     def note(self, **changes: Any) -> Demo:
         """Write a note of a cluster whose keeper is this process."""
         pid = os.getpid()
-        made = Demo("slurm", "20260101-aaaaaaa", "munge", pid, demo._started(pid), 1, "2026-01-01T12:00:00+00:00")
+        made = Demo("slurm", "20260101-aaaaaaa", "munge", pid, process.started(pid), 1, "2026-01-01T12:00:00+00:00")
         self.notes.mkdir(parents=True, exist_ok=True)
         (self.notes / "slurm.json").write_text(json.dumps(asdict(made) | changes))
         return made
@@ -115,7 +115,7 @@ def test_a_cluster_is_found_by_its_note(laptop: Laptop) -> None:
 
 
 def test_a_process_of_the_same_number_is_not_the_cluster(laptop: Laptop) -> None:
-    laptop.note(keeper_started=demo._started(os.getpid()) - 1)
+    laptop.note(keeper_started=process.started(os.getpid()) - 1)
     assert demo.find("slurm") is None
     assert laptop.files() == [], "and it is forgotten"
 
@@ -139,11 +139,11 @@ def test_a_note_that_is_none_is_no_cluster(laptop: Laptop, text: str) -> None:
 
 
 def test_a_process_that_has_ended_but_was_not_waited_for_does_not_run() -> None:
-    with subprocess.Popen(["sleep", "1000"]) as process:
-        assert demo._started(process.pid) > 0
-        process.kill()
-        waiting.until("end", lambda: demo._started(process.pid) == -1, 5, poll=0.005)
-    assert demo._started(process.pid) == -1
+    with subprocess.Popen(["sleep", "1000"]) as child:
+        assert process.started(child.pid) > 0
+        child.kill()
+        waiting.until("end", lambda: process.started(child.pid) == -1, 5, poll=0.005)
+    assert process.started(child.pid) == -1
 
 
 # Up and down.
@@ -187,7 +187,7 @@ def test_a_cluster_that_takes_too_long_is_ended(laptop: Laptop, monkeypatch: pyt
     with pytest.raises(BakehouseError, match="no cluster within 0 s"):
         laptop.up()
     pid = int((laptop.folder / "pid").read_text())
-    waiting.until("end", lambda: demo._started(pid) == -1, 5)
+    waiting.until("end", lambda: process.started(pid) == -1, 5)
 
 
 def test_a_cluster_that_was_killed_is_forgotten(laptop: Laptop) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,19 @@ from typing import Any
 import pytest
 
 from bakehouse.errors import BakehouseError
-from bakehouse.record import FILE_NAME, Record
+from bakehouse.record import FILE_NAME, Publication, Record
 from bakehouse.store import LocalStore
+
+
+PUBLICATION = Publication(
+    cloud="here",
+    region="",
+    project="p",
+    id="x",
+    name="slurm",
+    format="qcow2",
+    at=datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+)
 
 
 def record(tag: str, *, name: str = "slurm", created: str = "2026-01-01T12:00:00Z", **changes: Any) -> Record:
@@ -179,8 +191,8 @@ def test_a_removed_image_is_gone_and_says_what_it_freed(store: LocalStore) -> No
 def test_what_is_found_out_later_goes_into_the_record(store: LocalStore) -> None:
     made = add(store, record("20260101-aaaaaaa"))
     add(store, record("20260102-bbbbbbb"))
-    amended = store.amend(made.tag, {"kernel": "6.13", "published": [{"id": "x"}]})
-    assert (amended.kernel, amended.published, amended.files) == ("6.13", [{"id": "x"}], made.files)
+    amended = store.amend(made.tag, {"kernel": "6.13", "published": [PUBLICATION]})
+    assert (amended.kernel, amended.published, amended.files) == ("6.13", [PUBLICATION], made.files)
     assert store.get(made.tag) == amended
     assert store.get("20260102-bbbbbbb").kernel == made.kernel
     assert store.get(made.tag) == store.amend(made.tag, {}), "nothing more, nothing less"
@@ -188,8 +200,8 @@ def test_what_is_found_out_later_goes_into_the_record(store: LocalStore) -> None
 
 def test_what_somebody_else_found_out_meanwhile_stays(store: LocalStore) -> None:
     made = add(store, record("20260101-aaaaaaa"))
-    store.amend(made.tag, {"published": [{"id": "x"}]})
-    assert store.amend(made.tag, {"kernel": "6.13"}).published == [{"id": "x"}]
+    store.amend(made.tag, {"published": [PUBLICATION]})
+    assert store.amend(made.tag, {"kernel": "6.13"}).published == [PUBLICATION]
 
 
 def test_a_record_is_replaced_whole_or_not_at_all(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,598 @@
+"""A local OpenStack: real Keystone and Glance on this host's loopback, to try publishing with and to test against.
+
+They run in a virtual environment of their own, on SQLite and a folder, and outlive the command that started them. No
+root is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import openstack.connection
+from platformdirs import user_state_path
+
+from bakehouse import REPOSITORY, clouds_yaml, lock, process, waiting
+from bakehouse.cache import disk_usage, write_atomically
+from bakehouse.errors import BakehouseError
+
+LOCK = REPOSITORY / "requirements-openstack.lock"
+SERVICES_FILE = REPOSITORY / "bakehouse" / "local_cloud_services.py"
+REGION = "RegionOne"
+PROJECT, USER = "research", "publisher"
+DOMAIN = "default"
+
+UP_SECONDS = 120
+DOWN_SECONDS = 20
+
+Service = Literal["keystone", "glance"]
+SERVICES: tuple[Service, ...] = ("keystone", "glance")
+
+SERVER_OPTIONS = {
+    "threads": "8",
+    "lazy-apps": "true",
+    "need-app": "true",
+    "die-on-term": "true",
+    "no-orphans": "true",
+    "thunder-lock": "true",
+    "buffer-size": "65535",
+    # A chunk of an upload; the default gives an error 500 for 1 MiB.
+    "chunked-input-limit": str(64 << 20),
+    # Without it a connection that Glance has not read to its end is used again.
+    "add-header": "Connection: close",
+    "disable-logging": "true",
+}
+"""Of uWSGI: one process, since SQLite and Keystone's cache in memory are shared in it."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A service that runs."""
+
+    pid: int
+    started: int
+    """In ticks since the host's boot (proc(5)): process numbers are used again."""
+
+    @property
+    def running(self) -> bool:
+        """Whether it is still there."""
+        return process.started(self.pid) == self.started
+
+
+@dataclass(frozen=True)
+class Member:
+    """A user of a project, and how to be it."""
+
+    user: str
+    project: str
+    role: str
+    credential: Mapping[str, str]
+    """``auth`` of clouds.yaml, for an application credential."""
+
+
+@dataclass(frozen=True)
+class LocalCloud:
+    """A local OpenStack in a folder: its settings, databases and images."""
+
+    folder: Path
+    environment: Path
+    """The virtual environment of the services."""
+    ports: Mapping[Service, int]
+    admin_password: str
+    name: str
+    """Of its entry in clouds.yaml."""
+    clouds_file: Path
+    since: str
+    """When it was made, ISO 8601."""
+
+    # Where things are.
+
+    @property
+    def auth_url(self) -> str:
+        """Keystone's address."""
+        return f"http://127.0.0.1:{self.ports['keystone']}/v3"
+
+    @property
+    def image_url(self) -> str:
+        """Glance's address."""
+        return f"http://127.0.0.1:{self.ports['glance']}"
+
+    @property
+    def filestore(self) -> Path:
+        """Where Glance keeps the data of images."""
+        return self.folder / "images"
+
+    @property
+    def admin_name(self) -> str:
+        """The administrator's entry in clouds.yaml."""
+        return f"{self.name}-admin"
+
+    def log(self, service: Service) -> Path:
+        """Return a service's log."""
+        return self.folder / f"{service}.log"
+
+    # The services.
+
+    def process(self, service: Service) -> Process | None:
+        """Return a service's process, where it runs."""
+        try:
+            found = Process(**json.loads((self.folder / f"{service}.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+        return found if found.running else None
+
+    @property
+    def running(self) -> bool:
+        """Whether all of it runs."""
+        return all(self.process(service) for service in SERVICES)
+
+    def start(self, service: Service) -> None:
+        """Start a service, if it does not run, and wait until it answers.
+
+        Raises:
+            BakehouseError: it does not come up.
+        """
+        if self.process(service):
+            return
+        said = self.folder / f"{service}.err"
+        with said.open("wb") as errors:
+            child = subprocess.Popen(
+                [self.environment / "bin" / "uwsgi", "--ini", self.folder / f"{service}.ini"],
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                env=_environment() | {"LOCAL_CLOUD_SERVICE": service, "LOCAL_CLOUD_FOLDER": str(self.folder)},
+                start_new_session=True,
+            )
+        note = Process(child.pid, process.started(child.pid))
+        write_atomically(self.folder / f"{service}.json", json.dumps(dataclasses.asdict(note)))
+
+        def last_words() -> str:
+            texts = [path.read_text(errors="replace") for path in (said, self.log(service)) if path.exists()]
+            return "\n".join(line for text in texts for line in text.splitlines()[-12:])
+
+        def ended() -> None:
+            if child.poll() is not None:
+                raise BakehouseError(f"{service} does not start", hint=f"see {self.log(service)}", log=last_words())
+
+        try:
+            waiting.until(
+                service,
+                lambda: _answers(self._address(service)),
+                UP_SECONDS,
+                poll=0.1,
+                check=ended,
+                last_words=last_words,
+            )
+        except BaseException:
+            self.stop(service, signal.SIGKILL)
+            raise
+
+    def stop(self, service: Service, how: signal.Signals = signal.SIGTERM) -> bool:
+        """End a service. Return whether it ran.
+
+        Args:
+            service: which.
+            how: SIGTERM or SIGKILL.
+        """
+        found = self.process(service)
+        if found is None:
+            return False
+        os.kill(found.pid, how)
+        try:
+            waiting.until(f"end of {service}", lambda: not found.running, DOWN_SECONDS, poll=0.05)
+        except BakehouseError:
+            if found.running:
+                os.kill(found.pid, signal.SIGKILL)
+            waiting.until(f"end of {service}", lambda: not found.running, DOWN_SECONDS, poll=0.05)
+        (self.folder / f"{service}.json").unlink(missing_ok=True)
+        _reap(found.pid)
+        return True
+
+    def _address(self, service: Service) -> str:
+        return f"{self.auth_url}/" if service == "keystone" else f"{self.image_url}/versions"
+
+    # Its users.
+
+    def admin(self) -> openstack.connection.Connection:
+        """Return a connection as the administrator. Who calls closes it."""
+        return openstack.connection.Connection(
+            auth={**self.admin_auth(), "auth_url": self.auth_url},
+            region_name=REGION,
+            identity_api_version="3",
+            app_name="bakehouse",
+        )
+
+    def admin_auth(self) -> dict[str, str]:
+        """Return the administrator's ``auth`` of clouds.yaml."""
+        return {
+            "auth_url": self.auth_url,
+            "username": "admin",
+            "password": self.admin_password,
+            "project_name": "admin",
+            "user_domain_id": DOMAIN,
+            "project_domain_id": DOMAIN,
+        }
+
+    def add_member(self, user: str, project: str, role: str = "member") -> Member:
+        """Make a user with a role in a project, both of them where they are missing, and a credential for it."""
+        password = secrets.token_urlsafe(24)
+        admin = self.admin()
+        try:
+            identity = _identity(admin)
+            where = identity.find_project(project) or identity.create_project(name=project, domain_id=DOMAIN)
+            who = identity.find_user(user)
+            if who is None:
+                who = identity.create_user(name=user, domain_id=DOMAIN, password=password)
+            else:
+                identity.update_user(who, password=password)
+            identity.assign_project_role_to_user(where, who, identity.find_role(role))
+        finally:
+            admin.close()
+        own = openstack.connection.Connection(
+            auth={
+                "auth_url": self.auth_url,
+                "username": user,
+                "password": password,
+                "project_name": project,
+                "user_domain_id": DOMAIN,
+                "project_domain_id": DOMAIN,
+            },
+            identity_api_version="3",
+            app_name="bakehouse",
+        )
+        try:
+            made = _identity(own).create_application_credential(
+                user=own.current_user_id, name=f"bakehouse-{secrets.token_hex(4)}", unrestricted=False
+            )
+        finally:
+            own.close()
+        credential = {
+            "auth_url": self.auth_url,
+            "application_credential_id": made.id,
+            "application_credential_secret": made.secret,
+        }
+        return Member(user, project, role, credential)
+
+    def entry(self, member: Member) -> dict[str, object]:
+        """Return what clouds.yaml says of a member."""
+        return {
+            "auth_type": "v3applicationcredential",
+            "auth": dict(member.credential),
+            "region_name": REGION,
+            "identity_api_version": 3,
+        }
+
+    def admin_entry(self) -> dict[str, object]:
+        """Return what clouds.yaml says of the administrator."""
+        return {"auth": self.admin_auth(), "region_name": REGION, "identity_api_version": 3}
+
+    def disk(self) -> int:
+        """Return the bytes that it takes on disk."""
+        return disk_usage(self.folder)
+
+
+def default_folder() -> Path:
+    """Return where the one of ``invoke openstack.up`` is."""
+    return user_state_path("bakehouse") / "openstack"
+
+
+def find(folder: Path | None = None) -> LocalCloud | None:
+    """Return the local OpenStack in a folder, running or not."""
+    where = folder or default_folder()
+    try:
+        data = json.loads((where / "cloud.json").read_text())
+        return LocalCloud(
+            folder=where,
+            environment=Path(data["environment"]),
+            ports={service: int(data["ports"][service]) for service in SERVICES},
+            admin_password=data["admin_password"],
+            name=data["name"],
+            clouds_file=Path(data["clouds_file"]),
+            since=data["since"],
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def up(
+    cache: Path,
+    *,
+    folder: Path | None = None,
+    name: str = "bakehouse",
+    clouds_file: Path | None = None,
+    say: Callable[[str], None] = lambda _text: None,
+    more: Mapping[str, str] | None = None,
+) -> LocalCloud:
+    """Bring a local OpenStack up: made where there is none, started where it does not run.
+
+    Args:
+        cache: the folder below which the services' virtual environment is.
+        folder: where it is or shall be.
+        name: of its entry in clouds.yaml.
+        clouds_file: that file; the user's own by default.
+        say: takes lines about what is done.
+        more: settings added to keystone.conf and glance-api.conf, as text, by file name.
+
+    Raises:
+        BakehouseError: the services cannot be installed, or do not come up.
+    """
+    where = folder or default_folder()
+    where.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with lock.held(where.with_suffix(".lock"), "the local OpenStack", wait=True, say=say):
+        environment = install(cache, say)
+        found = find(where)
+        if found is None:
+            # A run that was killed while it made it.
+            for left in where.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            say("making Keystone and Glance")
+            found = _make(where, environment, name, clouds_file or clouds_yaml.user_file(), more or {})
+        elif found.environment != environment:
+            for service in SERVICES:
+                found.stop(service)
+            found = dataclasses.replace(found, environment=environment)
+            _prepare(found)
+        for service in SERVICES:
+            if not found.process(service):
+                say(f"starting {service}")
+                found.start(service)
+        if not (where / "ready").exists():
+            _furnish(found)
+            (where / "ready").touch()
+        elif found.name not in clouds_yaml.names(found.clouds_file):
+            # Somebody took it out.
+            _enter(found)
+    return found
+
+
+def down(folder: Path | None = None, *, delete: bool = False) -> LocalCloud:
+    """End a local OpenStack; its data stays, unless it shall be deleted.
+
+    Raises:
+        BakehouseError: there is none.
+    """
+    found = find(folder)
+    if found is None:
+        raise BakehouseError("there is no local OpenStack here", hint="`invoke openstack.up` makes one")
+    for service in SERVICES:
+        found.stop(service)
+    if delete:
+        for name in (found.name, found.admin_name):
+            clouds_yaml.remove(found.clouds_file, name)
+        shutil.rmtree(found.folder)
+    return found
+
+
+# Installing.
+
+
+def install(cache: Path, say: Callable[[str], None]) -> Path:
+    """Return the virtual environment of the services, made where it is missing.
+
+    Raises:
+        BakehouseError: it cannot be made.
+    """
+    digest = hashlib.sha256(LOCK.read_bytes() + sys.version.encode()).hexdigest()[:12]
+    target = cache / f"openstack-{digest}"
+    if (target / "complete").exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    with lock.held(cache / "openstack.lock", "the installation of Keystone and Glance", wait=True, say=say):
+        if (target / "complete").exists():
+            return target
+        say("installing Keystone and Glance from PyPI into an environment of their own (once, 300 MB)")
+        shutil.rmtree(target, ignore_errors=True)
+        pip = [target / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        commands: list[list[str | Path]] = [
+            [sys.executable, "-m", "venv", target],
+            [*pip, "--require-hashes", "--requirement", LOCK],
+        ]
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+            if done.returncode != 0:
+                raise BakehouseError(
+                    "Keystone and Glance could not be installed",
+                    hint="no network? pip's index is set with: pip config set global.index-url ...",
+                    log="\n".join((done.stdout + done.stderr).splitlines()[-12:]),
+                )
+        (target / "complete").touch()
+    return target
+
+
+def _environment() -> dict[str, str]:
+    """Return the variables of the services: without those that keep Python from compiling, or name another cloud."""
+    unwanted = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    return {key: value for key, value in os.environ.items() if key not in unwanted and not key.startswith("OS_")}
+
+
+# Making.
+
+
+def _make(folder: Path, environment: Path, name: str, clouds_file: Path, more: Mapping[str, str]) -> LocalCloud:
+    ports = dict(zip(SERVICES, _free_ports(len(SERVICES)), strict=True))
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    made = LocalCloud(folder, environment, ports, secrets.token_urlsafe(24), name, clouds_file, now)
+    for part in ("images", "staging", "tasks", "fernet", "credential"):
+        (folder / part).mkdir()
+    service_password = secrets.token_urlsafe(24)
+    _write(folder / "keystone.conf", _keystone_conf(folder) + more.get("keystone.conf", ""))
+    _write(folder / "glance-api.conf", _glance_conf(made, service_password) + more.get("glance-api.conf", ""))
+    shutil.copy(environment / "etc" / "glance" / "glance-api-paste.ini", folder)
+    setup = {"region": REGION, "keystone": made.auth_url, "admin_password": made.admin_password}
+    _write(folder / "setup.json", json.dumps(setup | {"service_password": service_password}))
+    _prepare(made)
+    return made
+
+
+def _prepare(made: LocalCloud) -> None:
+    """Write what depends on the virtual environment, and bring the databases to its state."""
+    for service in SERVICES:
+        lines = [f"{key} = {value}" for key, value in SERVER_OPTIONS.items()]
+        lines += [f"http-socket = 127.0.0.1:{made.ports[service]}", f"wsgi-file = {SERVICES_FILE}"]
+        lines += [f"virtualenv = {made.environment}"]
+        _write(made.folder / f"{service}.ini", "\n".join(["[uwsgi]", *lines, ""]))
+    done = subprocess.run(
+        [made.environment / "bin" / "python", "-I", SERVICES_FILE, "setup", made.folder],
+        capture_output=True, text=True, check=False, env=_environment(), stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise BakehouseError(
+            "the databases of Keystone and Glance could not be made",
+            hint=f"see {made.folder}/keystone.log and glance.log",
+            log="\n".join((done.stdout + done.stderr).splitlines()[-12:]),
+        )
+    _save(made)
+
+
+def _furnish(made: LocalCloud) -> None:
+    """Make what Keystone knows of Glance, the first project and its user, and write clouds.yaml."""
+    setup = json.loads((made.folder / "setup.json").read_text())
+    admin = made.admin()
+    try:
+        identity = _identity(admin)
+        service = identity.find_service("glance") or identity.create_service(name="glance", type="image")
+        if not [*identity.endpoints(service_id=service.id)]:
+            for interface in ("public", "internal", "admin"):
+                identity.create_endpoint(
+                    service_id=service.id, interface=interface, url=made.image_url, region_id=REGION
+                )
+        project = identity.find_project("service") or identity.create_project(name="service", domain_id=DOMAIN)
+        user = identity.find_user("glance")
+        if user is None:
+            user = identity.create_user(name="glance", password=setup["service_password"], domain_id=DOMAIN)
+        for role in ("service", "admin"):
+            found = identity.find_role(role) or identity.create_role(name=role)
+            identity.assign_project_role_to_user(project, user, found)
+        # For limits: Glance asks Keystone for its own.
+        identity.assign_system_role_to_user(user, identity.find_role("reader"), "all")
+    finally:
+        admin.close()
+    _enter(made)
+
+
+def _identity(connection: openstack.connection.Connection) -> Any:
+    """Return the Identity API, version 3."""
+    return connection.identity
+
+
+def _enter(made: LocalCloud) -> None:
+    member = made.add_member(USER, PROJECT)
+    clouds_yaml.add(made.clouds_file, made.name, made.entry(member))
+    clouds_yaml.add(made.clouds_file, made.admin_name, made.admin_entry())
+
+
+def _keystone_conf(folder: Path) -> str:
+    return f"""\
+[DEFAULT]
+log_file = {folder}/keystone.log
+[database]
+connection = sqlite:///{folder}/keystone.db
+sqlite_synchronous = false
+[fernet_tokens]
+key_repository = {folder}/fernet
+[credential]
+key_repository = {folder}/credential
+[cache]
+enabled = true
+backend = oslo_cache.dict
+[identity]
+# Its passwords are random and long.
+password_hash_rounds = 4
+"""
+
+
+def _glance_conf(made: LocalCloud, password: str) -> str:
+    folder = made.folder
+    return f"""\
+[DEFAULT]
+log_file = {folder}/glance.log
+enabled_backends = file:file
+[database]
+connection = sqlite:///{folder}/glance.db
+[glance_store]
+default_backend = file
+[file]
+filesystem_store_datadir = {folder}/images
+filesystem_store_chunk_size = {1 << 20}
+[os_glance_staging_store]
+filesystem_store_datadir = {folder}/staging
+[os_glance_tasks_store]
+filesystem_store_datadir = {folder}/tasks
+[keystone_authtoken]
+auth_type = password
+auth_url = {made.auth_url}
+www_authenticate_uri = {made.auth_url}
+username = glance
+password = {password}
+project_name = service
+user_domain_id = {DOMAIN}
+project_domain_id = {DOMAIN}
+region_name = {REGION}
+[paste_deploy]
+flavor = keystone
+config_file = {folder}/glance-api-paste.ini
+[oslo_limit]
+auth_type = password
+auth_url = {made.auth_url}
+username = glance
+password = {password}
+system_scope = all
+user_domain_id = {DOMAIN}
+service_type = image
+region_name = {REGION}
+"""
+
+
+def _save(made: LocalCloud) -> None:
+    data: dict[str, Any] = dataclasses.asdict(made) | {"ports": dict(made.ports)}
+    data = {key: str(value) if isinstance(value, Path) else value for key, value in data.items() if key != "folder"}
+    _write(made.folder / "cloud.json", json.dumps(data, indent=1))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that holds a secret: it never exists readable by others."""
+    path.touch(mode=0o600)
+    path.write_text(text)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [made.getsockname()[1] for made in sockets]
+    for made in sockets:
+        made.close()
+    return ports
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as answer:
+            return bool(answer.status)
+    except urllib.error.HTTPError as error:
+        # 300: several versions to choose from.
+        return error.code < 500  # noqa: PLR2004 - RFC 9110
+    except OSError:
+        return False
+
+
+def _reap(pid: int) -> None:
+    """Take note of a child's end, where it is one of ours."""
+    try:
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return
