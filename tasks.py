@@ -10,7 +10,7 @@ from typing import Any
 
 from invoke import Collection, Context, Exit, task
 
-from bakehouse import cli, cli_cloud, cli_nodes, cli_openstack, terminal
+from bakehouse import cli, cli_cloud, cli_images, cli_nodes, cli_openstack, terminal
 from bakehouse.errors import BakehouseError
 
 
@@ -126,6 +126,38 @@ def _images_verify(_context: Context, tag: str, cloud: str = "", region: str = "
     Example: invoke images.verify 20261123-5853cc9 --cloud mycloud
     """
     cli_cloud.verify(tag, cloud=cloud, region=region, as_json=json)
+
+
+def _images_diff(_context: Context, old: str, new: str, json: bool = False) -> None:
+    """Show which packages changed between two images of the store, with version and origin.
+
+    Example: invoke images.diff 20261122-3f2a9c1 20261123-5853cc9
+    """
+    cli_images.diff(old, new, as_json=json)
+
+
+def _sign(_context: Context, tag: str) -> None:
+    """Sign an image of the store with the site's key; publish does it by itself.
+
+    Example: invoke sign slurm
+    """
+    cli_images.sign(tag)
+
+
+def _sign_check(_context: Context, tag: str) -> None:
+    """Check that an image of the store is as it was signed: image file, record and SBOM.
+
+    Example: invoke sign.check slurm
+    """
+    cli_images.check(tag)
+
+
+def _sign_key(_context: Context, path: str) -> None:
+    """Make a key to sign with (Ed25519), and its public half beside it.
+
+    Example: invoke sign.key ~/.config/bakehouse/signing.key
+    """
+    cli_images.make_key(path)
 
 
 def _publish(
@@ -634,6 +666,14 @@ manifests.add_task(command(_schema, name="schema"))
 images = Collection("images")
 images.add_task(command(_images, name="list", help=CLOUD | JSON), default=True)
 images.add_task(command(_images_verify, name="verify", positional=["tag"], help=TAG | CLOUD | JSON))
+images.add_task(
+    command(
+        _images_diff,
+        name="diff",
+        positional=["old", "new"],
+        help=JSON | {"old": "a tag, its beginning, or a manifest's name", "new": "the same, of the other image"},
+    )
+)
 images.add_task(command(_show, name="show", positional=["tag"], help=TAG | JSON))
 images.add_task(command(_timeline, name="timeline", positional=["tag"], help=TAG | JSON))
 images.add_task(command(_remove, name="remove", positional=["tag"], help=TAG))
@@ -764,6 +804,12 @@ pin = command(
     },
 )
 
+sign = Collection("sign")
+sign.add_task(command(_sign, name="image", positional=["tag"], help=TAG), default=True)
+sign.add_task(command(_sign_check, name="check", positional=["tag"], help=TAG))
+sign.add_task(
+    command(_sign_key, name="key", positional=["path"], help={"path": "the file of the private key; it must be new"})
+)
 openstack = Collection("openstack")
 openstack.add_task(command(_openstack_up, name="up", help={"name": "its name in clouds.yaml; bakehouse by default"}))
 openstack.add_task(
@@ -773,5 +819,5 @@ openstack.add_task(command(_openstack_status, name="status", help=JSON), default
 
 namespace = Collection(
     bake, plan, doctor, settings, test, boot, verify, userdata, manifests, images, cache, bench, join, cluster,
-    publish, promote, rollback, channels, prune, resolve, pin, openstack,
+    publish, promote, rollback, channels, prune, resolve, pin, sign, openstack,
 )  # fmt: skip

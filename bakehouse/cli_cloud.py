@@ -11,7 +11,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from bakehouse import channel, compute, inventory, manifest, pin, properties, retention, signature, upload
+from bakehouse import channel, compute, inventory, manifest, pin, properties, retention, sbom, signature, upload
 from bakehouse import publish as publication
 from bakehouse import settings as site
 from bakehouse.cloud import Cloud, connect
@@ -161,7 +161,7 @@ def _metadata(record: Record, settings: Settings, store: LocalStore, kind: str) 
         file,
         description=description,
         overrides=tuple(overrides),
-        guest_agent=properties.has_package(store.folder(record.tag) / record.sbom, GUEST_AGENT),
+        guest_agent=GUEST_AGENT in sbom.read(store.folder(record.tag) / record.sbom),
         record_sha256=signature.record_digest(record),
         signature=_sign(record, settings, file.format),
     )

@@ -398,10 +398,10 @@ def install(cache: Path, say: Callable[[str], None]) -> Path:
             return target
         say("installing Keystone and Glance from PyPI into an environment of their own (once, 300 MB)")
         shutil.rmtree(target, ignore_errors=True)
-        pip = [target / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        pip: list[str | Path] = [target / "bin" / "python", "-m", "pip", "--disable-pip-version-check"]
         commands: list[list[str | Path]] = [
             [sys.executable, "-m", "venv", target],
-            [*pip, "--require-hashes", "--requirement", LOCK],
+            [*pip, "install", "--quiet", "--no-deps", "--require-hashes", "--requirement", LOCK],
         ]
         for command in commands:
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from bakehouse.errors import BakehouseError
 from bakehouse.manifest import RELEASES
@@ -288,20 +286,3 @@ def check(key: str, value: str | None, where: str) -> None:
     if key in KNOWN and not re.fullmatch(KNOWN[key], value):
         allowed = KNOWN[key].replace(DATE, "YYYY-MM-DD").replace("|", ", ").replace("\\", "")
         raise BakehouseError(f"{where}: {key}: '{value}' is not one of its values", hint=f"it takes: {allowed}")
-
-
-def has_package(bill: Path, name: str) -> bool:
-    """Say whether a package is in an image.
-
-    Args:
-        bill: its SBOM.
-        name: the package.
-
-    Raises:
-        BakehouseError: the SBOM cannot be read.
-    """
-    try:
-        components = json.loads(bill.read_text(encoding="utf-8")).get("components", [])
-    except (OSError, ValueError) as error:
-        raise BakehouseError(f"{bill} cannot be read: {error}", hint="the image is damaged: bake it again") from error
-    return any(component.get("name") == name for component in components)

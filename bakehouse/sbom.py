@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import json
+import subprocess
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from cyclonedx.model import ExternalReference, ExternalReferenceType, Property, XsUri
 from cyclonedx.model.bom import Bom, BomMetaData
@@ -14,6 +19,37 @@ from cyclonedx.model.contact import OrganizationalEntity
 from cyclonedx.output import make_outputter
 from cyclonedx.schema import OutputFormat, SchemaVersion
 from packageurl import PackageURL
+
+from bakehouse.errors import BakehouseError
+
+ORIGIN = "bakehouse:origin"
+"""The property of a component that says which archive its version came from."""
+
+Kind = Literal["added", "removed", "upgraded", "downgraded", "moved"]
+
+
+@dataclass(frozen=True)
+class Package:
+    """One package of an image."""
+
+    name: str
+    version: str
+    architecture: str
+    source: str
+    """The source package that it was built from."""
+    origin: str
+    """The archive that it came from, such as ``Debian-Security trixie-security/main``; empty where nobody noted it."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one package from one image to another."""
+
+    name: str
+    kind: Kind
+    """``moved``: the same version, from another archive."""
+    before: Package | None
+    after: Package | None
 
 
 def write(
@@ -30,7 +66,7 @@ def write(
 
     Args:
         path: the file to make.
-        packages: rows of rootfs.DPKG_FIELDS.
+        packages: rows of rootfs.packages().
         name: the image's name.
         tag: the image's tag.
         distribution: such as debian.
@@ -65,5 +101,66 @@ def _component(row: Mapping[str, str], distribution: str, release: str) -> Compo
         properties=[
             Property(name="bakehouse:source", value=row["source:Package"]),
             Property(name="bakehouse:source-version", value=row["source:Version"]),
+            *([Property(name=ORIGIN, value=row["origin"])] if row.get("origin") else []),
         ],
     )
+
+
+def read(path: Path) -> dict[str, Package]:
+    """Read the packages of an SBOM that write() wrote, by name (and architecture, where there are several of a name).
+
+    Raises:
+        BakehouseError: it is gone or damaged.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["components"]
+        found = [_package(row) for row in rows]
+    except OSError as error:
+        raise BakehouseError(f"{path} cannot be read: {error.strerror}", hint="bake the image again") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BakehouseError(f"{path} is not an SBOM of Bakehouse: {error}", hint="bake the image again") from error
+    several = {name for name, count in Counter(package.name for package in found).items() if count > 1}
+    return {
+        f"{package.name}:{package.architecture}" if package.name in several else package.name: package
+        for package in found
+    }
+
+
+def _package(row: Mapping[str, Any]) -> Package:
+    properties = {item["name"]: item["value"] for item in row.get("properties", [])}
+    purl = PackageURL.from_string(row["purl"])
+    architecture = purl.qualifiers.get("arch", "") if isinstance(purl.qualifiers, dict) else ""
+    return Package(
+        name=row["name"],
+        version=row["version"],
+        architecture=architecture,
+        source=properties.get("bakehouse:source", ""),
+        origin=properties.get(ORIGIN, ""),
+    )
+
+
+def difference(old: Mapping[str, Package], new: Mapping[str, Package]) -> list[Change]:
+    """Return what changed between two images, by package name."""
+    changes = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        kind = _kind(before, after)
+        if kind:
+            changes.append(Change(name, kind, before, after))
+    return changes
+
+
+def _kind(before: Package | None, after: Package | None) -> Kind | None:
+    if before is None or after is None:
+        return "added" if before is None else "removed"
+    if before.version != after.version:
+        return "upgraded" if _is_older(before.version, after.version) else "downgraded"
+    # Images that were baked before origins were noted have none.
+    if before.origin and after.origin and before.origin != after.origin:
+        return "moved"
+    return None
+
+
+def _is_older(one: str, other: str) -> bool:
+    """Say whether a version comes before another, by Debian's order (deb-version(7))."""
+    return subprocess.run(["dpkg", "--compare-versions", one, "lt", other], check=False).returncode == 0

@@ -13,7 +13,6 @@ from bakehouse.errors import BakehouseError
 from bakehouse.record import FILE_NAME, Publication, Record
 from bakehouse.store import LocalStore
 
-
 PUBLICATION = Publication(
     cloud="here",
     region="",

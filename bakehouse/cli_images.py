@@ -1,0 +1,99 @@
+"""What the tasks about images of the store print: differences, signatures. The doing is in the other modules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from bakehouse import sbom, signature
+from bakehouse.errors import BakehouseError
+from bakehouse.record import Record
+from bakehouse.sbom import Change
+from bakehouse.terminal import console, open_site, print_json
+
+COLOURS = {"added": "green", "removed": "red", "upgraded": "cyan", "downgraded": "bold yellow", "moved": "yellow"}
+
+
+def diff(old: str, new: str, *, as_json: bool) -> None:
+    """Print which packages changed between two images."""
+    _, store, _ = open_site()
+    before, after = store.get(old), store.get(new)
+    bills = [sbom.read(store.folder(record.tag) / record.sbom) for record in (before, after)]
+    changes = sbom.difference(*bills)
+    if as_json:
+        print_json({"old": before.tag, "new": after.tag, "changes": [dataclasses.asdict(one) for one in changes]})
+        return
+    console.print(f"{before.name} {before.tag} -> {after.name} {after.tag}", highlight=False)
+    _print_versions(before, after)
+    if not changes:
+        console.print(f"The same {len(bills[1])} packages in the same versions.", highlight=False)
+        return
+    console.print()
+    table = Table("Package", "", before.tag, after.tag, "Origin", "Source", box=None, pad_edge=False)
+    for change in changes:
+        table.add_row(*_cells(change))
+    console.print(table)
+    counts = Counter(change.kind for change in changes)
+    total = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    console.print(f"[dim]{total}, {len(bills[1])} packages now[/]", highlight=False)
+
+
+def _print_versions(before: Record, after: Record) -> None:
+    for name in sorted(before.versions.keys() | after.versions.keys()):
+        versions = before.versions.get(name, "-"), after.versions.get(name, "-")
+        if versions[0] != versions[1]:
+            console.print(f"[bold]{name}[/] {versions[0]} -> {versions[1]}", highlight=False)
+
+
+def _cells(change: Change) -> list[str]:
+    one = change.after or change.before
+    assert one is not None
+    versions = [package.version if package else "-" for package in (change.before, change.after)]
+    origins = [package.origin for package in (change.before, change.after) if package and package.origin]
+    origin = " -> ".join(dict.fromkeys(origins)) or "-"
+    source = one.source if one.source != one.name else ""
+    mark = f"[{COLOURS[change.kind]}]{change.kind}[/]"
+    return [change.name, mark, *map(escape, versions), escape(origin), escape(source)]
+
+
+def sign(tag: str) -> None:
+    """Sign an image of the store."""
+    settings, store, _ = open_site()
+    record = store.get(tag)
+    if settings.signing_key is None:
+        raise BakehouseError(
+            "this site has no signing key",
+            hint="`invoke sign.key PATH` makes one; name it as 'signing_key' in bakehouse.yaml",
+        )
+    statement = signature.statement_of(record, record.files[0].format)
+    made = signature.sign(statement, signature.load_private_key(settings.signing_key))
+    path = signature.write_envelope(store.folder(record.tag), statement, made)
+    console.print(
+        f"signed {record.name} {record.tag} with key {made.keyid[:16]}: {path}", highlight=False, soft_wrap=True
+    )
+
+
+def check(tag: str) -> None:
+    """Check the signature of an image of the store, and all that it covers."""
+    settings, store, _ = open_site()
+    record = store.get(tag)
+    trusted = signature.load_trusted(settings.trusted_keys)
+    made = signature.check_local(record, store.folder(record.tag), trusted)
+    console.print(
+        f"{record.name} {record.tag} is as it was signed by key {made.keyid[:16]}: image file, record and SBOM",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def make_key(path: str) -> None:
+    """Make a signing key."""
+    target = Path(path).expanduser()
+    keyid = signature.generate(target)
+    public = signature.public_path(target)
+    console.print(f"made key {keyid[:16]}: {target} (keep it secret) and {public}", highlight=False, soft_wrap=True)
+    console.print(f"\nIn bakehouse.yaml:\n  signing_key: {target}\n  trusted_keys: [{public}]", soft_wrap=True)
