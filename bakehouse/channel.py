@@ -11,6 +11,7 @@ import dataclasses
 import getpass
 import re
 import socket
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -23,6 +24,9 @@ from bakehouse.published import Catalogue, Move, Published
 
 MOST_ROUNDS = 20
 """How often a move looks whether others moved at the same moment."""
+
+GIVE_WAY_SECONDS = 0.5
+"""How long the second of two with the same number has to see that and to give way."""
 
 KEPT_MOVES = 8
 """Moves of one channel that one image keeps; the oldest go."""
@@ -242,6 +246,7 @@ def _write(catalogue: Catalogue, target: Published, move: Move) -> Catalogue:
     Glance changes an image as a whole: what somebody else writes to the same image at the same moment can undo ours. So
     it is read back until it stands.
     """
+    given_way = False
     for _ in range(MOST_ROUNDS):
         image = next((one for one in catalogue.images if one.id == target.id), None)
         if image is None:
@@ -253,12 +258,20 @@ def _write(catalogue: Catalogue, target: Published, move: Move) -> Catalogue:
             if other.channel == move.channel and other.image != target.id
         ]
         own = image.image.properties.get(move.property) == move.value()
-        clash = [other for other in others if other.number == move.number and _order(other) > _order(move)]
-        if own and not clash:
+        same = [other for other in others if other.number == move.number]
+        clash = [other for other in same if given_way or _order(other) > _order(move)]
+        if own and not same:
             return catalogue
+        if own and not clash:
+            # The other one gives way, unless it looked before we wrote, and is content.
+            given_way = True
+            time.sleep(GIVE_WAY_SECONDS)
+            catalogue = Catalogue.read(catalogue.cloud, catalogue.owner)
+            continue
         changes: dict[str, object] = {}
         if clash:
-            # The other one has won this number: we come after it.
+            # The other one has this number: we come after it.
+            given_way = False
             changes[move.property] = None
             highest = max(other.number for other in others)
             move = dataclasses.replace(move, number=highest + 1, before=max(others, key=_order).tag)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import openstack.connection
+import openstack.exceptions
 from platformdirs import user_state_path
 
 from bakehouse import REPOSITORY, clouds_yaml, lock, process, waiting
@@ -99,6 +100,8 @@ class LocalCloud:
     clouds_file: Path
     since: str
     """When it was made, ISO 8601."""
+    tied: bool = False
+    """Whether its services end together with who started them: for tests."""
 
     # Where things are.
 
@@ -150,9 +153,10 @@ class LocalCloud:
         if self.process(service):
             return
         said = self.folder / f"{service}.err"
+        tie = ["setpriv", "--pdeathsig", "TERM"] if self.tied else []
         with said.open("wb") as errors:
             child = subprocess.Popen(
-                [self.environment / "bin" / "uwsgi", "--ini", self.folder / f"{service}.ini"],
+                [*tie, self.environment / "bin" / "uwsgi", "--ini", self.folder / f"{service}.ini"],
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
@@ -182,6 +186,8 @@ class LocalCloud:
         except BaseException:
             self.stop(service, signal.SIGKILL)
             raise
+        # It shall outlive this object, which would complain of that.
+        child.returncode = 0
 
     def stop(self, service: Service, how: signal.Signals = signal.SIGTERM) -> bool:
         """End a service. Return whether it ran.
@@ -235,13 +241,13 @@ class LocalCloud:
         admin = self.admin()
         try:
             identity = _identity(admin)
-            where = identity.find_project(project) or identity.create_project(name=project, domain_id=DOMAIN)
-            who = identity.find_user(user)
+            where = _found(identity.find_project, project) or identity.create_project(name=project, domain_id=DOMAIN)
+            who = _found(identity.find_user, user)
             if who is None:
                 who = identity.create_user(name=user, domain_id=DOMAIN, password=password)
             else:
                 identity.update_user(who, password=password)
-            identity.assign_project_role_to_user(where, who, identity.find_role(role))
+            identity.assign_project_role_to_user(where, who, _found(identity.find_role, role))
         finally:
             admin.close()
         own = openstack.connection.Connection(
@@ -305,6 +311,7 @@ def find(folder: Path | None = None) -> LocalCloud | None:
             name=data["name"],
             clouds_file=Path(data["clouds_file"]),
             since=data["since"],
+            tied=bool(data["tied"]),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -317,7 +324,7 @@ def up(
     name: str = "bakehouse",
     clouds_file: Path | None = None,
     say: Callable[[str], None] = lambda _text: None,
-    more: Mapping[str, str] | None = None,
+    tied: bool = False,
 ) -> LocalCloud:
     """Bring a local OpenStack up: made where there is none, started where it does not run.
 
@@ -327,7 +334,7 @@ def up(
         name: of its entry in clouds.yaml.
         clouds_file: that file; the user's own by default.
         say: takes lines about what is done.
-        more: settings added to keystone.conf and glance-api.conf, as text, by file name.
+        tied: its services end together with this process: for tests.
 
     Raises:
         BakehouseError: the services cannot be installed, or do not come up.
@@ -342,7 +349,7 @@ def up(
             for left in where.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             say("making Keystone and Glance")
-            found = _make(where, environment, name, clouds_file or clouds_yaml.user_file(), more or {})
+            found = _make(where, environment, name, clouds_file or clouds_yaml.user_file(), tied=tied)
         elif found.environment != environment:
             for service in SERVICES:
                 found.stop(service)
@@ -424,15 +431,15 @@ def _environment() -> dict[str, str]:
 # Making.
 
 
-def _make(folder: Path, environment: Path, name: str, clouds_file: Path, more: Mapping[str, str]) -> LocalCloud:
+def _make(folder: Path, environment: Path, name: str, clouds_file: Path, *, tied: bool) -> LocalCloud:
     ports = dict(zip(SERVICES, _free_ports(len(SERVICES)), strict=True))
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    made = LocalCloud(folder, environment, ports, secrets.token_urlsafe(24), name, clouds_file, now)
+    made = LocalCloud(folder, environment, ports, secrets.token_urlsafe(24), name, clouds_file, now, tied)
     for part in ("images", "staging", "tasks", "fernet", "credential"):
         (folder / part).mkdir()
     service_password = secrets.token_urlsafe(24)
-    _write(folder / "keystone.conf", _keystone_conf(folder) + more.get("keystone.conf", ""))
-    _write(folder / "glance-api.conf", _glance_conf(made, service_password) + more.get("glance-api.conf", ""))
+    _write(folder / "keystone.conf", _keystone_conf(folder))
+    _write(folder / "glance-api.conf", _glance_conf(made, service_password))
     shutil.copy(environment / "etc" / "glance" / "glance-api-paste.ini", folder)
     setup = {"region": REGION, "keystone": made.auth_url, "admin_password": made.admin_password}
     _write(folder / "setup.json", json.dumps(setup | {"service_password": service_password}))
@@ -466,21 +473,21 @@ def _furnish(made: LocalCloud) -> None:
     admin = made.admin()
     try:
         identity = _identity(admin)
-        service = identity.find_service("glance") or identity.create_service(name="glance", type="image")
+        service = _found(identity.find_service, "glance") or identity.create_service(name="glance", type="image")
         if not [*identity.endpoints(service_id=service.id)]:
             for interface in ("public", "internal", "admin"):
                 identity.create_endpoint(
                     service_id=service.id, interface=interface, url=made.image_url, region_id=REGION
                 )
-        project = identity.find_project("service") or identity.create_project(name="service", domain_id=DOMAIN)
-        user = identity.find_user("glance")
+        project = _found(identity.find_project, "service") or identity.create_project(name="service", domain_id=DOMAIN)
+        user = _found(identity.find_user, "glance")
         if user is None:
             user = identity.create_user(name="glance", password=setup["service_password"], domain_id=DOMAIN)
         for role in ("service", "admin"):
-            found = identity.find_role(role) or identity.create_role(name=role)
+            found = _found(identity.find_role, role) or identity.create_role(name=role)
             identity.assign_project_role_to_user(project, user, found)
         # For limits: Glance asks Keystone for its own.
-        identity.assign_system_role_to_user(user, identity.find_role("reader"), "all")
+        identity.assign_system_role_to_user(user, _found(identity.find_role, "reader"), "all")
     finally:
         admin.close()
     _enter(made)
@@ -489,6 +496,14 @@ def _furnish(made: LocalCloud) -> None:
 def _identity(connection: openstack.connection.Connection) -> Any:
     """Return the Identity API, version 3."""
     return connection.identity
+
+
+def _found(find: Callable[..., Any], name: str) -> Any:
+    """Return what a name stands for, or None."""
+    try:
+        return find(name, ignore_missing=False)
+    except openstack.exceptions.NotFoundException:
+        return None
 
 
 def _enter(made: LocalCloud) -> None:

@@ -61,7 +61,7 @@ KNOWN = {
     "hw_tpm_version": r"1\.2|2\.0",
     "hw_video_model": r"vga|cirrus|vmvga|xen|qxl|virtio|gop|none|bochs",
     "hw_video_ram": r"\d+",
-    "hw_vif_model": r"e1000e?|ne2k_pci|netfront|pcnet|rtl8139|virtio|vmxnet3|igb",
+    "hw_vif_model": r"e1000|e1000e|ne2k_pci|netfront|pcnet|rtl8139|spapr-vlan|virtio|vmxnet3|igb",
     "hw_vif_multiqueue_enabled": r"true|false",
     "hw_watchdog_action": r"disabled|reset|poweroff|pause|none",
     "hypervisor_type": r"baremetal|hyperv|kvm|lxc|powervm|qemu|uml|vmware|vz|xen",

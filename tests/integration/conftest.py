@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from bakehouse import build, plan, run
+from bakehouse import build, local_cloud, plan, run
 from bakehouse import settings as site_settings
 from bakehouse.cache import BaseCache
+from bakehouse.local_cloud import LocalCloud
 from bakehouse.record import Record
 from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
@@ -56,3 +59,26 @@ def baked(real_settings: Settings) -> Record:
     record, built = bake(real_settings)
     assert built
     return record
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
+    """A real Keystone and Glance. Their virtual environment is shared with the host's cache."""
+    folder = tmp_path_factory.mktemp("openstack")
+    cache = site_settings.load(environment={}).cache
+    with host_environment():
+        made = local_cloud.up(
+            cache, folder=folder / "cloud", name="test", clouds_file=folder / "clouds.yaml", tied=True, say=print
+        )
+    yield made
+    local_cloud.down(made.folder, delete=True)
+
+
+@contextmanager
+def host_environment() -> Iterator[None]:
+    """Leave out what names a cloud of whoever runs the tests."""
+    kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OS_")}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
