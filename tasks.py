@@ -540,6 +540,14 @@ def _bench_boot(_context: Context, rounds: int = 3, json: bool = False) -> None:
     cli.bench_boot_to_joined(rounds=rounds, as_json=json)
 
 
+def _bench_publish(_context: Context, rounds: int = 4, size: str = "512MiB", json: bool = False) -> None:
+    """Measure publishing side by side with curl, to the same local Glance, and listing 1,000 images. Prints ratios.
+
+    Example: invoke bench.publish --rounds 5 --size 1GiB
+    """
+    cli.bench_publishing(rounds=rounds, size=size, as_json=json)
+
+
 def _openstack_up(_context: Context, name: str = "") -> None:
     """Start a real Keystone and Glance on this host, to try publishing with; writes an entry in clouds.yaml.
 
@@ -696,6 +704,13 @@ bench.add_task(
 )
 
 bench.add_task(command(_bench_boot, name="boot", help=JSON | {"rounds": "measure so many times; medians are shown"}))
+bench.add_task(
+    command(
+        _bench_publish,
+        name="publish",
+        help=JSON | {"rounds": "measure so many times; an even number is fair", "size": "of the image, such as 1GiB"},
+    )
+)
 join = Collection("join")
 join.add_task(
     command(

@@ -13,7 +13,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bakehouse import REPOSITORY, bench, bench_boot, build, cli_cloud, cli_nodes, host, manifest, run, sudo
+from bakehouse import (
+    REPOSITORY,
+    bench,
+    bench_boot,
+    bench_publish,
+    build,
+    cli_cloud,
+    cli_nodes,
+    host,
+    manifest,
+    run,
+    sudo,
+)
 from bakehouse import plan as plans
 from bakehouse import settings as site
 from bakehouse.errors import BakehouseError
@@ -338,6 +350,14 @@ def bench_boot_to_joined(*, rounds: int, as_json: bool) -> None:
         raise SystemExit(status)
     with run.ending_on_sigterm():
         _print_result(bench_boot.boot(settings, rounds, errors), as_json=as_json)
+
+
+def bench_publishing(*, rounds: int, size: str, as_json: bool) -> None:
+    """Measure publishing and print ratios."""
+    _check_rounds(rounds)
+    settings = site.load()
+    with run.ending_on_sigterm():
+        _print_result(bench_publish.publish(settings, rounds, parse_size(size, "--size"), errors), as_json=as_json)
 
 
 def _check_rounds(rounds: int) -> None:

@@ -38,7 +38,7 @@ MOST_CLAIMS = 200
 MOST_TRIES = 5
 """Uploads of one image in one run, where the connection breaks."""
 
-SETTLE_SECONDS = 15.0
+SETTLE_SECONDS = 10.0
 """A living Glance puts an image back to ``queued`` within a second of its uploader's end; a killed one never does."""
 
 SLOWEST = 1 << 19

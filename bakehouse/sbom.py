@@ -113,8 +113,10 @@ def read(path: Path) -> dict[str, Package]:
         BakehouseError: it is gone or damaged.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["components"]
-        found = [_package(row) for row in rows]
+        bill = json.loads(path.read_text(encoding="utf-8"))
+        if bill["bomFormat"] != "CycloneDX":
+            raise ValueError("it is not CycloneDX")
+        found = [_package(row) for row in bill.get("components", [])]
     except OSError as error:
         raise BakehouseError(f"{path} cannot be read: {error.strerror}", hint="bake the image again") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
