@@ -174,7 +174,7 @@ def write(path: Path, new: Pin) -> tuple[Pin | None, bool]:
         "# Images that this deployment uses. `invoke pin` writes it; commit it.\n"
         "# `invoke pin --check` says whether they are still what they were.\n"
     )
-    body = {"images": [{key: value for key, value in entry.model_dump().items() if value} for entry in entries]}
+    body = {"images": [entry.model_dump(exclude_defaults=True) for entry in entries]}
     try:
         write_atomically(path, text + yaml.safe_dump(body, sort_keys=False, width=200))
     except OSError as error:

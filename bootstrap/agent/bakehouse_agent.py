@@ -266,7 +266,7 @@ def decoded(text: str) -> bytes:
 
 
 # What join.yaml may hold. A text: its form or a function that knows it, and its name. A list: its entries and how many.
-COUNT, COUNT_OR_0 = ("[1-9][0-9]{0,8}", "a whole number from 1"), ("0|[1-9][0-9]{0,8}", "a whole number from 0")
+COUNT, COUNT_OR_0 = ("[1-9][0-9]{0,9}", "a whole number from 1"), ("0|[1-9][0-9]{0,9}", "a whole number from 0")
 COUNTS = "CPUs Boards Sockets SocketsPerBoard CoresPerSocket ThreadsPerCore RealMemory".split()
 SCHEMA: dict[str, Any] = {
     "platform": ("slurm", "a platform that this agent knows: slurm"),

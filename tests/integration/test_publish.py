@@ -25,7 +25,8 @@ from bakehouse.published import PUBLISHED, Catalogue, Published
 from bakehouse.record import Record
 from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
-from tests.integration.shop import MIB, Done, Shop, add_image, end
+from tests.integration.shop import Done, Shop, end
+from tests.samples import MIB, add_image
 
 pytestmark = pytest.mark.slow
 

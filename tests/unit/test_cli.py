@@ -30,7 +30,7 @@ from bakehouse.store import LocalStore
 NAMESPACE = deepcopy(tasks.namespace)
 """Invoke takes the help of flags out of tasks when it parses: each run needs a copy that still has it."""
 
-TASKS = {name.replace(".list", "") for name in tasks.namespace.task_names}
+TASKS = {name.replace(".list", "").replace(".image", "") for name in tasks.namespace.task_names}
 
 
 @dataclass

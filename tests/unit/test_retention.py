@@ -1,0 +1,150 @@
+"""Retention: what goes, what stays, and why; and what servers use."""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bakehouse import channel, compute, pin, retention
+from bakehouse.compute import Usage
+from bakehouse.errors import BakehouseError
+from bakehouse.pin import Pin
+from bakehouse.published import Catalogue
+from tests.fake_glance import FakeCloud
+from tests.unit.test_channel import TAGS, cloud_with
+
+UNKNOWN = Usage("", "no Nova", Counter())
+
+
+def verdicts(cloud: FakeCloud, *, keep: int = 1, usage: Usage = UNKNOWN, pins: dict[str, Path] | None = None,
+             steps: int = 3) -> dict[str, tuple[bool, str]]:  # fmt: skip
+    found = retention.plan(Catalogue.read(cloud), usage, pins or {}, keep=keep, rollback_steps=steps)
+    return {verdict.image.tag: (verdict.delete, verdict.why) for verdict in found}
+
+
+def test_the_newest_stay_and_the_others_go() -> None:
+    found = verdicts(cloud_with(*TAGS), keep=2)
+    assert [tag for tag, (delete, _) in found.items() if not delete] == [TAGS[4], TAGS[3]]
+    assert found[TAGS[0]] == (True, "2 newer ones are there")
+
+
+def test_newest_is_what_was_baked_last_not_what_was_uploaded_last() -> None:
+    cloud = cloud_with(TAGS[2])
+    cloud.time += datetime.timedelta(hours=1)
+    cloud_with(TAGS[0], cloud=cloud)
+    assert verdicts(cloud)[TAGS[2]] == (False, "one of the 1 newest")
+
+
+def test_each_manifest_keeps_its_own() -> None:
+    cloud = cloud_with(*TAGS[:2])
+    cloud_with(TAGS[2], name="slurm-gpu", cloud=cloud)
+    assert [tag for tag, (delete, _) in verdicts(cloud).items() if delete] == [TAGS[0]]
+
+
+def test_what_a_channel_needs_stays() -> None:
+    cloud = cloud_with(*TAGS)
+    for tag in TAGS[:3]:
+        channel.promote(cloud, "", tag, "stable")
+    found = verdicts(cloud)
+    assert found[TAGS[2]] == (False, "channel stable")
+    assert found[TAGS[1]] == found[TAGS[0]] == (False, "channel stable may be rolled back to it")
+    assert found[TAGS[3]][0]
+    fewer = verdicts(cloud, steps=1)
+    assert (fewer[TAGS[1]][0], fewer[TAGS[0]][0]) == (False, True)
+
+
+def test_what_servers_and_lock_files_need_stays() -> None:
+    cloud = cloud_with(*TAGS)
+    usage = Usage("all projects", "", Counter({f"slurm-{TAGS[0]}": 2, f"slurm-{TAGS[1]}": 1}))
+    found = verdicts(cloud, usage=usage, pins={f"slurm-{TAGS[2]}": Path("deploy/images.lock.yaml")})
+    assert found[TAGS[0]] == (False, "used by 2 servers")
+    assert found[TAGS[1]] == (False, "used by 1 server")
+    assert found[TAGS[2]] == (False, "pinned by deploy/images.lock.yaml")
+    assert found[TAGS[3]][0]
+
+
+def test_protected_ones_and_running_uploads_stay() -> None:
+    cloud = cloud_with(*TAGS[:4])
+    cloud.images[f"slurm-{TAGS[0]}"]["protected"] = True
+    cloud.images[f"slurm-{TAGS[1]}"]["bakehouse_state"] = "incoming"
+    cloud.images[f"slurm-{TAGS[3]}"]["bakehouse_state"] = "incoming"
+    found = verdicts(cloud)
+    assert found[TAGS[0]] == (False, "protected")
+    assert found[TAGS[1]] == (False, "its upload may still be going on")
+    assert found[TAGS[2]] == (False, "one of the 1 newest"), "one that is not whole counts for nothing"
+    cloud.time += datetime.timedelta(days=2)
+    assert verdicts(cloud)[TAGS[1]] == (True, "its upload never came to its end")
+
+
+def test_what_changed_since_the_plan_is_left_alone() -> None:
+    cloud = cloud_with(*TAGS[:3])
+    catalogue = Catalogue.read(cloud)
+    plan = retention.plan(catalogue, UNKNOWN, {}, keep=1, rollback_steps=3)
+    channel.promote(cloud, "", TAGS[0], "stable")
+    cloud.fail("DELETE", 409, "image is in use")
+    done = {gone.image.tag: gone.error for gone in retention.delete(catalogue, plan)}
+    assert "changed since the plan" in done[TAGS[0]]
+    assert "in use" in done[TAGS[1]]
+    assert len(cloud.images) == 3
+
+
+def test_bad_requests_are_told() -> None:
+    with pytest.raises(BakehouseError, match="--keep 0: it is 1 or more"):
+        verdicts(cloud_with(TAGS[0]), keep=0)
+    with pytest.raises(BakehouseError, match="no images of slrum"):
+        retention.plan(Catalogue.read(cloud_with(TAGS[0])), UNKNOWN, {}, keep=1, rollback_steps=1, names=["slrum"])
+
+
+# Lock files.
+
+
+def a_pin(number: int) -> Pin:
+    identity = f"00000000-0000-0000-0000-00000000000{number}"
+    return Pin(platform="slurm", tag="t", id=identity, name="n", sha512="", cloud=f"c{number}")
+
+
+def test_lock_files_are_found_below_a_folder(tmp_path: Path) -> None:
+    for number, place in enumerate(("", "deploy/prod", ".git", ".venv/lib")):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        pin.write(tmp_path / place / pin.FILE_NAME, a_pin(number))
+    pin.write(tmp_path / "other.yaml", a_pin(9))
+    found = retention.pinned(tmp_path, [tmp_path / "other.yaml"])
+    assert {identity[-1] for identity in found} == {"0", "1", "9"}
+
+
+def test_a_lock_file_that_cannot_be_read_stops_everything(tmp_path: Path) -> None:
+    (tmp_path / pin.FILE_NAME).write_text("images: [{platform: slurm}]\n")
+    with pytest.raises(BakehouseError, match=r"images\.lock\.yaml:1: images\.0\.tag"):
+        retention.pinned(tmp_path)
+
+
+# Servers.
+
+
+def server(image: object) -> dict[str, object]:
+    return {"id": "s", "image": image}
+
+
+def test_servers_are_counted_by_image_page_after_page() -> None:
+    cloud = FakeCloud()
+    cloud.servers = [server({"id": "a"}), server({"id": "b"}), server(""), server({"id": "a"}), server(None)]
+    found = compute.usage(cloud)
+    assert (found.known, dict(found.servers)) == ("all projects", {"a": 2, "b": 1})
+    assert (found.text("a"), found.text("z")) == ("2", "0")
+
+
+def test_where_other_projects_cannot_be_seen_it_is_said() -> None:
+    cloud = FakeCloud()
+    cloud.servers, cloud.may_see_all_servers = [server({"id": "a"})], False
+    found = compute.usage(cloud)
+    assert (found.known, found.servers["a"]) == ("own project", 1)
+    assert "other projects" in found.reason
+
+
+def test_without_nova_nothing_is_known() -> None:
+    found = compute.usage(FakeCloud())
+    assert (found.known, found.text("a")) == ("", "?")
+    assert "no compute service" in found.reason
