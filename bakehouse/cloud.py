@@ -165,7 +165,13 @@ class Cloud:
         headers = {"Accept": "application/json", **options.get("headers", {})}
         try:
             answer = self._adapter(service).request(
-                path, method, raise_exc=False, **{"timeout": timeout, **options, "headers": headers}
+                path,
+                method,
+                raise_exc=False,
+                # We do that, and tell what we do.
+                status_code_retries=0,
+                connect_retries=0,
+                **{"timeout": timeout, **options, "headers": headers},
             )
             text = answer.text
         except Exception as error:

@@ -88,7 +88,8 @@ class FakeCloud(Cloud):
             "PATCH": lambda: self._patch(image, json.loads(options["data"])),
             "DELETE": lambda: self._delete(image),
         }
-        return acts.get(method, lambda: (200, image))()
+        act = acts.get(method)
+        return act() if act else (200, image)
 
     def _delete(self, image: dict[str, Any]) -> tuple[int, Any]:
         if image["protected"]:

@@ -243,3 +243,14 @@ def test_a_good_root_is_sealed_and_listed(root: Path, monkeypatch: pytest.Monkey
     assert report["kernel"] == "6.12-x"
     assert [row["binary:Package"] for row in report["packages"]] == ["munge"]
     assert (root / rootfs.IDENTITY).is_file()
+
+
+def test_the_archive_of_a_package_is_told_where_it_was_noted(root: Path) -> None:
+    names = ("slurmd", "libc6", "local")
+    (root / "var/lib/dpkg/status").write_text(
+        "".join(STATUS.format(name=n, status="install ok installed", version="1.0", source=n) for n in names)
+    )
+    notes = root / rootfs.ORIGINS
+    notes.parent.mkdir(parents=True, exist_ok=True)
+    notes.write_text("slurmd\t1.0\tDebian trixie/main\nlibc6\t0.9\tDebian trixie/main\nnonsense\n")
+    assert [row["origin"] for row in rootfs.packages(root)] == ["", "", "Debian trixie/main"]

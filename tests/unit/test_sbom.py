@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bakehouse import sbom
+from bakehouse.errors import BakehouseError
 
 CREATED = datetime.datetime(2026, 11, 23, 12, 30, tzinfo=datetime.UTC)
 
@@ -98,3 +99,49 @@ def test_the_same_packages_make_the_same_file(tmp_path: Path) -> None:
     before = (tmp_path / "sbom.cdx.json").read_bytes()
     write(tmp_path, *reversed(rows))
     assert (tmp_path / "sbom.cdx.json").read_bytes() == before
+
+
+# What changed between two.
+
+
+def bill(folder: Path, name: str, *rows: dict[str, str]) -> dict[str, sbom.Package]:
+    (folder / name).mkdir()
+    write(folder / name, *rows)
+    return sbom.read(folder / name / "sbom.cdx.json")
+
+
+def test_changes_are_told_by_kind(tmp_path: Path) -> None:
+    old = bill(
+        tmp_path, "old", row("gone"), row("up", "1.0~rc1-1"), row("down", "1:1.0-1"), row("same"),
+        row("moved", origin="Debian trixie/main"),
+    )  # fmt: skip
+    new = bill(
+        tmp_path, "new", row("came"), row("up", "1.0-1"), row("down", "2.0-1"), row("same", origin="x"),
+        row("moved", origin="Site trixie/main"),
+    )  # fmt: skip
+    kinds = {change.name: change.kind for change in sbom.difference(old, new)}
+    assert kinds == {"came": "added", "gone": "removed", "up": "upgraded", "down": "downgraded", "moved": "moved"}
+    assert sbom.difference(new, new) == []
+
+
+def test_origin_and_source_are_read_back(tmp_path: Path) -> None:
+    origin = "Debian-Security trixie-security/main"
+    found = bill(tmp_path, "a", row("libssl3", **{"source:Package": "openssl"}, origin=origin), row("old"))
+    assert (found["libssl3"].source, found["libssl3"].origin, found["old"].origin) == ("openssl", origin, "")
+
+
+def test_packages_of_several_architectures_are_told_apart(tmp_path: Path) -> None:
+    found = bill(tmp_path, "a", row("libc6:amd64"), row("libc6:i386", Architecture="i386"))
+    assert set(found) == {"libc6:amd64", "libc6:i386"}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"bomFormat": "x"}', '{"bomFormat": "CycloneDX", "components": [1]}']
+)
+def test_what_is_no_bill_is_told(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "sbom.cdx.json"
+    path.write_text(text)
+    with pytest.raises(BakehouseError, match="is not an SBOM of Bakehouse"):
+        sbom.read(path)
+    with pytest.raises(BakehouseError, match="cannot be read"):
+        sbom.read(tmp_path / "gone")

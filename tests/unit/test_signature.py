@@ -94,14 +94,25 @@ def test_securesystemslib_and_openssl_can_check_it(store: LocalStore, key: Path,
     assert envelope.verify([*signature.load_trusted([signature.public_path(key)]).values()], 1)
     (tmp_path / "pae").write_bytes(envelope.pae())
     (tmp_path / "sig").write_bytes(base64.b64decode(data["signatures"][0]["sig"]))
-    command = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", signature.public_path(key), "-rawin"]
+    command: list[str | Path] = [
+        "openssl",
+        "pkeyutl",
+        "-verify",
+        "-pubin",
+        "-inkey",
+        signature.public_path(key),
+        "-rawin",
+    ]
     subprocess.run([*command, "-in", "pae", "-sigfile", "sig"], cwd=tmp_path, check=True, capture_output=True)
 
 
 def test_an_image_of_the_store_is_checked_whole(store: LocalStore, key: Path) -> None:
     record, _, made = signed(store, key)
     folder = store.folder(TAG)
-    check = lambda: signature.check_local(store.get(TAG), folder, trusted(key))  # noqa: E731
+
+    def check() -> Signature:
+        return signature.check_local(store.get(TAG), folder, trusted(key))
+
     assert check() == made
     bill = (folder / record.sbom).read_text()
     (folder / record.sbom).write_text(bill + " ")

@@ -1,0 +1,67 @@
+"""What store and cloud hold of each other's images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bakehouse import inventory
+from bakehouse.inventory import Finding
+from bakehouse.published import Catalogue
+from bakehouse.record import FILE_NAME, Publication
+from bakehouse.store import LocalStore
+from tests.fake_glance import FakeCloud
+from tests.unit.test_channel import TAGS, cloud_with
+from tests.unit.test_store import record
+
+
+def findings(store: LocalStore, cloud: FakeCloud) -> dict[str, Finding]:
+    return {finding.state: finding for finding in inventory.compare(store, Catalogue.read(cloud))}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path)
+
+
+def add(store: LocalStore, tag: str, sha512: str = "", published: str = "") -> None:
+    made = record(tag)
+    files = [file.model_copy(update={"sha512": sha512}) for file in made.files]
+    where = Publication.model_validate({
+        "cloud": "here", "region": "", "project": "ours", "id": published, "name": "n", "format": "qcow2",
+        "at": "2026-01-01T00:00:00Z",
+    })  # fmt: skip
+    with store.adding("slurm", tag) as folder:
+        changed = made.model_copy(update={"files": files, "published": [where] if published else []})
+        (folder / FILE_NAME).write_text(changed.model_dump_json())
+
+
+def test_the_same_on_both_sides_is_nothing(store: LocalStore) -> None:
+    add(store, TAGS[0])
+    assert findings(store, cloud_with(TAGS[0])) == {}
+
+
+def test_every_difference_is_told(store: LocalStore) -> None:
+    add(store, TAGS[0])
+    add(store, TAGS[1], published="x")
+    add(store, TAGS[2], sha512="a" * 128)
+    add(store, TAGS[3])
+    cloud = cloud_with(TAGS[2], TAGS[3], TAGS[4])
+    cloud.images[f"slurm-{TAGS[3]}"]["bakehouse_state"] = "incoming"
+    found = findings(store, cloud)
+    assert {state: (one.tag, one.fault) for state, one in found.items()} == {
+        "store only": (TAGS[0], False),
+        "lost": (TAGS[1], True),
+        "differs": (TAGS[2], True),
+        "unfinished": (TAGS[3], True),
+        "cloud only": (TAGS[4], False),
+    }
+
+
+def test_two_of_one_tag_are_told(store: LocalStore) -> None:
+    cloud = cloud_with(TAGS[0])
+    twin = {**cloud.images[f"slurm-{TAGS[0]}"], "id": "twin"}
+    cloud.images["twin"] = twin
+    add(store, TAGS[0])
+    assert findings(store, cloud)["doubled"].fault
