@@ -73,6 +73,7 @@ TEST_TOOLS = (
     Tool("/usr/lib/python3/dist-packages/yaml/__init__.py", "python3-yaml", "the join agent, run as on a node"),
     Tool("curl", "curl", "asking what is served in private networks"),
     Tool("openssl", "openssl", "the certificates of the join broker's documentation"),
+    Tool("faketime", "faketime", "clocks that are wrong"),
 )
 """What only our own tests need."""
 
