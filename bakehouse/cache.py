@@ -15,6 +15,9 @@ from bakehouse.errors import BakehouseError
 FRESH_DAYS = 14
 """Downloaded packages that no build has used for so many days go first."""
 
+SERVICES = "OpenStack services"
+"""What the cache calls the virtual environments of the local OpenStack."""
+
 DEB_NOTES = "SHA256SUMS"
 """The file beside downloaded packages that holds their digests."""
 
@@ -170,6 +173,7 @@ class BaseCache:
         ]
         found += [_entry("packages", path.name, path) for path in self.root.glob("debs-*")]
         found += [_entry("build folder", path.name, path) for path in self.work.glob("*")]
+        found += [_entry(SERVICES, path.name, path, note=path / "complete") for path in self.root.glob("openstack-*")]
         found += [_entry("KVM probe", self.kvm.name, self.kvm)] if self.kvm.exists() else []
         return sorted(found, key=lambda entry: entry.used)
 
@@ -177,7 +181,8 @@ class BaseCache:
         """Remove what is oldest until the cache is within the limit.
 
         Downloaded packages go file by file, those unused for FRESH_DAYS first; base roots that no image needs any
-        more cannot be told from others, so age decides. Folders of builds in progress are left alone.
+        more cannot be told from others, so age decides. Folders of builds in progress are left alone, and so is what
+        a local OpenStack runs from.
 
         Args:
             limit: bytes.
@@ -192,12 +197,15 @@ class BaseCache:
         debs = [_entry("package", deb.name, deb) for folder in self.root.glob("debs-*") for deb in folder.glob("*.deb")]
         total = sum(entry.size for entry in self.entries())
         order = [deb for deb in sorted(debs, key=lambda deb: deb.used) if deb.used < stale]
-        order += sorted([*bases, *(deb for deb in debs if deb.used >= stale)], key=lambda entry: entry.used)
+        services = [entry for entry in self.entries() if entry.kind == SERVICES and not _is_run_from(entry.path)]
+        order += sorted([*bases, *services, *(deb for deb in debs if deb.used >= stale)], key=lambda entry: entry.used)
         for entry in order:
             if total <= limit:
                 break
             if entry.kind == "base root":
                 self.drop(entry.name)
+            elif entry.kind == SERVICES:
+                shutil.rmtree(entry.path, ignore_errors=True)
             else:
                 entry.path.unlink(missing_ok=True)
             total -= entry.size
@@ -209,6 +217,17 @@ def _entry(kind: str, name: str, path: Path, note: Path | None = None) -> Entry:
     stat = (note if note and note.exists() else path).stat()
     size = disk_usage(path)
     return Entry(kind, name, path, size, datetime.datetime.fromtimestamp(stat.st_mtime, datetime.UTC))
+
+
+def _is_run_from(folder: Path) -> bool:
+    """Say whether a process was started from a program in a folder."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(bytes(folder) + b"/"):
+                return True
+        except OSError:
+            continue
+    return False
 
 
 def disk_usage(path: Path) -> int:

@@ -28,6 +28,7 @@ from bakehouse import (
 )
 from bakehouse import plan as plans
 from bakehouse import settings as site
+from bakehouse.cache import SERVICES
 from bakehouse.errors import BakehouseError
 from bakehouse.plan import Plan
 from bakehouse.record import Record
@@ -327,8 +328,11 @@ def prune(*, limit: str, everything: bool) -> None:
     removed = held.prune(0 if everything else size, datetime.datetime.now(datetime.UTC))
     freed = sum(entry.size for entry in removed)
     bases = [entry.name for entry in removed if entry.kind == "base root"]
-    packages = len(removed) - len(bases)
+    services = sum(entry.kind == SERVICES for entry in removed)
+    packages = len(removed) - len(bases) - services
     console.print(f"removed {len(bases)} base roots and {packages} packages, {size_text(freed)}", highlight=False)
+    if services:
+        console.print("  and the services of the local OpenStack; `invoke openstack.up` installs them anew")
     for name in bases:
         console.print(f"  {name}", highlight=False)
 

@@ -6,6 +6,7 @@ root is needed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -37,6 +38,9 @@ SERVICES_FILE = REPOSITORY / "bakehouse" / "local_cloud_services.py"
 REGION = "RegionOne"
 PROJECT, USER = "research", "publisher"
 DOMAIN = "default"
+
+NOTE = "cloud.json"
+"""The file that says what it is; it is written when its databases are there."""
 
 UP_SECONDS = 120
 DOWN_SECONDS = 20
@@ -72,7 +76,7 @@ class Process:
     @property
     def running(self) -> bool:
         """Whether it is still there."""
-        return process.started(self.pid) == self.started
+        return self.started > 0 and process.started(self.pid) == self.started
 
 
 @dataclass(frozen=True)
@@ -199,11 +203,12 @@ class LocalCloud:
         found = self.process(service)
         if found is None:
             return False
-        os.kill(found.pid, how)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(found.pid, how)
         try:
             waiting.until(f"end of {service}", lambda: not found.running, DOWN_SECONDS, poll=0.05)
         except BakehouseError:
-            if found.running:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(found.pid, signal.SIGKILL)
             waiting.until(f"end of {service}", lambda: not found.running, DOWN_SECONDS, poll=0.05)
         (self.folder / f"{service}.json").unlink(missing_ok=True)
@@ -302,7 +307,7 @@ def find(folder: Path | None = None) -> LocalCloud | None:
     """Return the local OpenStack in a folder, running or not."""
     where = folder or default_folder()
     try:
-        data = json.loads((where / "cloud.json").read_text())
+        data = json.loads((where / NOTE).read_text())
         return LocalCloud(
             folder=where,
             environment=Path(data["environment"]),
@@ -311,7 +316,7 @@ def find(folder: Path | None = None) -> LocalCloud | None:
             name=data["name"],
             clouds_file=Path(data["clouds_file"]),
             since=data["since"],
-            tied=bool(data["tied"]),
+            tied=bool(data.get("tied")),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -344,6 +349,10 @@ def up(
     with lock.held(where.with_suffix(".lock"), "the local OpenStack", wait=True, say=say):
         environment = install(cache, say)
         found = find(where)
+        if found is None and (where / NOTE).exists():
+            raise BakehouseError(
+                f"{where / NOTE} cannot be read", hint=f"mend it, or remove {where} with all that is in it"
+            )
         if found is None:
             # A run that was killed while it made it.
             for left in where.iterdir():
@@ -398,6 +407,8 @@ def install(cache: Path, say: Callable[[str], None]) -> Path:
     digest = hashlib.sha256(LOCK.read_bytes() + sys.version.encode()).hexdigest()[:12]
     target = cache / f"openstack-{digest}"
     if (target / "complete").exists():
+        # When it was last used: the cache removes the longest unused first.
+        (target / "complete").touch()
         return target
     cache.mkdir(parents=True, exist_ok=True)
     with lock.held(cache / "openstack.lock", "the installation of Keystone and Glance", wait=True, say=say):
@@ -577,7 +588,7 @@ region_name = {REGION}
 def _save(made: LocalCloud) -> None:
     data: dict[str, Any] = dataclasses.asdict(made) | {"ports": dict(made.ports)}
     data = {key: str(value) if isinstance(value, Path) else value for key, value in data.items() if key != "folder"}
-    _write(made.folder / "cloud.json", json.dumps(data, indent=1))
+    _write(made.folder / NOTE, json.dumps(data, indent=1))
 
 
 def _write(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,19 @@ def test_free_space_is_told_for_a_folder_yet_to_be_made(tmp_path: Path) -> None:
     free = cache.free_bytes(tmp_path / "not" / "yet")
     assert 0 < free <= status.f_blocks * status.f_frsize
     assert not (tmp_path / "not").exists()
+
+
+def test_services_of_the_local_openstack_go_with_age_unless_they_run(tmp_path: Path) -> None:
+    cache = BaseCache(tmp_path)
+    for name in ("openstack-old", "openstack-running"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "complete").write_text("x" * 10000)
+    program = tmp_path / "openstack-running" / "bin" / "sleep"
+    program.symlink_to("/bin/sleep")
+    assert {entry.kind for entry in cache.entries()} == {"OpenStack services"}
+    with subprocess.Popen([program, "60"]) as running:
+        removed = cache.prune(0, datetime.datetime.now(datetime.UTC))
+        running.kill()
+    assert [entry.name for entry in removed] == ["openstack-old"]
+    assert (tmp_path / "openstack-running").exists()
+    assert not (tmp_path / "openstack-old").exists()

@@ -43,6 +43,17 @@ def test_a_damaged_note_is_no_cloud(made: LocalCloud, text: str) -> None:
     assert local_cloud.find(made.folder) is None
 
 
+def test_what_cannot_be_read_is_not_made_anew_over_somebodys_images(
+    made: LocalCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_cloud, "install", lambda *_: tmp_path)
+    (made.folder / "cloud.json").write_text("{")
+    (made.folder / "image").touch()
+    with pytest.raises(BakehouseError, match=r"cloud\.json cannot be read"):
+        local_cloud.up(tmp_path, folder=made.folder)
+    assert (made.folder / "image").exists()
+
+
 def note(made: LocalCloud, pid: int, started: int) -> None:
     (made.folder / "glance.json").write_text(json.dumps({"pid": pid, "started": started}))
 
