@@ -77,7 +77,9 @@ def _of_store(record: Record, catalogue: Catalogue) -> Finding:
         and entry.cloud == cloud.name
     ]  # fmt: skip
     if was:
-        return Finding("lost", record.name, record.tag, was[0], "it was published and is gone", True)
+        return Finding(
+            "lost", record.name, record.tag, was[0], "was published: pruned since, or deleted by hand", False
+        )
     return Finding("store only", record.name, record.tag, "", "not published", False)
 
 

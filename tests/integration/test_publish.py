@@ -91,8 +91,9 @@ def whole(shop: Shop, record: Record) -> Published:
 def test_a_baked_image_comes_to_glance_with_all_that_is_known_of_it(
     shop: Shop, baked: Record, real_settings: Settings
 ) -> None:
-    shop.configure(store=str(real_settings.store))
-    done = shop.good("publish", baked.tag, "--json")
+    shop.configure(store=str(real_settings.store), cache=str(real_settings.cache))
+    done = shop.good("bake", "--platform", "slurm", "--no-verify", "--upload", "--json")
+    assert done.json["tag"] == baked.tag, "nothing has changed: it is only uploaded"
     record = LocalStore(real_settings.store).get(baked.tag)
     image = whole(shop, record).image
     properties = image.properties
@@ -527,6 +528,37 @@ def test_a_channel_never_points_nowhere_and_two_moves_at_once_are_two_moves(shop
     shown = {Published(image).tag for image in shop.images() if not image.hidden}
     assert shown == {past.current.tag}
     assert {past.stack[-2].tag, past.current.tag} == {OTHER, THIRD}
+
+
+@pytest.mark.long
+def test_many_moves_at_once_are_as_many_moves(shop: Shop) -> None:
+    publish_three(shop)
+    for tags in [(TAG, OTHER, THIRD)] * 4 + [(TAG, OTHER, THIRD) * 2] * 2:
+        done = [end(process) for process in [shop.start("promote", tag, "--to", "stable") for tag in tags]]
+        assert {one.status for one in done} == {0}, [one.err for one in done]
+        past = channel.history(shop.catalogue(), "slurm", "stable")
+        assert past.current is not None
+        assert {Published(image).tag for image in shop.images() if not image.hidden} == {past.current.tag}
+        numbers = [move.number for move in past.moves]
+        # Several that promote the same image at once may share a number with another one; their order is clear still.
+        assert len(tags) > len({*tags}) or len(set(numbers)) == len(numbers)
+
+
+@pytest.mark.long
+def test_publications_that_are_killed_at_any_moment_leave_nothing(shop: Shop) -> None:
+    record = add_image(shop.store, TAG, size=24 * MIB)
+    shutil.copytree(shop.store.root, shop.folder / "other-host")
+    for number in range(40):
+        store = shop.store.root if number % 2 else shop.folder / "other-host"
+        process = shop.start("publish", TAG, BAKEHOUSE_STORE=str(store))
+        time.sleep(0.5 + number * 0.02)
+        process.kill()
+        end(process)
+        assert len(shop.images()) <= 1
+        if number % 8 == 7:
+            shop.good("publish", TAG)
+            whole(shop, record)
+            shop.empty()
 
 
 def test_a_move_that_was_killed_half_way_is_mended_by_the_next(shop: Shop) -> None:

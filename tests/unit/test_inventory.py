@@ -52,7 +52,7 @@ def test_every_difference_is_told(store: LocalStore) -> None:
     found = findings(store, cloud)
     assert {state: (one.tag, one.fault) for state, one in found.items()} == {
         "store only": (TAGS[0], False),
-        "lost": (TAGS[1], True),
+        "lost": (TAGS[1], False),
         "differs": (TAGS[2], True),
         "unfinished": (TAGS[3], True),
         "cloud only": (TAGS[4], False),
