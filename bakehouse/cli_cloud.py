@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 from collections.abc import Callable
@@ -424,7 +425,11 @@ def pin_image(
         found = pin.choose(catalogue, platform, channel_name=of, tag=tag)
         entry = pin.pin_of(catalogue, found, "" if tag else of)
     if dry_run:
-        console.print(f"would pin {entry.platform} {entry.tag} ({entry.id}) in {path}", highlight=False, soft_wrap=True)
+        console.print(
+            f"would pin {entry.platform} {entry.tag} ({entry.id}) in {escape(str(path))}",
+            highlight=False,
+            soft_wrap=True,
+        )
         return
     before, changed = pin.write(path, entry)
     if as_json:
@@ -434,7 +439,9 @@ def pin_image(
         return
     was = f", in place of {before.tag}" if before and before.tag != entry.tag else ""
     done = "pinned" if changed else "has been pinned before:"
-    console.print(f"{done} {entry.platform} {entry.tag} ({entry.id}) in {path}{was}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{done} {entry.platform} {entry.tag} ({entry.id}) in {escape(str(path))}{was}", highlight=False, soft_wrap=True
+    )
 
 
 def _check_pins(
@@ -445,17 +452,12 @@ def _check_pins(
         raise BakehouseError(f"{path} pins no image{f' of {platform}' if platform else ''}")
     found: list[pin.Checked] = []
     catalogues: dict[tuple[str, str], Catalogue] = {}
-    opened: list[Cloud] = []
-    try:
+    with contextlib.ExitStack() as opened:
         for entry in entries:
             key = (cloud or entry.cloud, region or entry.region)
             if key not in catalogues:
-                opened.append(_connect(settings, *key))
-                catalogues[key] = _catalogue(opened[-1], settings)
+                catalogues[key] = _catalogue(opened.enter_context(_connect(settings, *key)), settings)
             found.append(pin.check(entry, catalogues[key]))
-    finally:
-        for one in opened:
-            one.connection.close()
     if as_json:
         print_json([{"state": one.state, "detail": one.detail, **one.pin.model_dump()} for one in found])
     else:

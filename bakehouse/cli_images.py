@@ -95,5 +95,7 @@ def make_key(path: str) -> None:
     target = Path(path).expanduser()
     keyid = signature.generate(target)
     public = signature.public_path(target)
-    console.print(f"made key {keyid[:16]}: {target} (keep it secret) and {public}", highlight=False, soft_wrap=True)
-    console.print(f"\nIn bakehouse.yaml:\n  signing_key: {target}\n  trusted_keys: [{public}]", soft_wrap=True)
+    where = f"made key {keyid[:16]}: {target} (keep it secret) and {public}"
+    console.print(where, markup=False, highlight=False, soft_wrap=True)
+    settings = f"\nIn bakehouse.yaml:\n  signing_key: {target}\n  trusted_keys: [{public}]"
+    console.print(settings, markup=False, highlight=False, soft_wrap=True)

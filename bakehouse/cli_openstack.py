@@ -34,9 +34,13 @@ def down(*, delete: bool) -> None:
     """End it."""
     found = local_cloud.down(delete=delete)
     if delete:
-        console.print(f"deleted the local OpenStack with its images, and '{found.name}' from {found.clouds_file}")
+        console.print(
+            f"deleted the local OpenStack with its images, and '{found.name}' from {escape(str(found.clouds_file))}"
+        )
     else:
-        console.print(f"stopped; its images stay in {found.folder} (--delete removes them)", soft_wrap=True)
+        console.print(
+            f"stopped; its images stay in {escape(str(found.folder))} (--delete removes them)", soft_wrap=True
+        )
 
 
 def status(*, as_json: bool) -> None:
@@ -71,7 +75,9 @@ def _print(found: LocalCloud) -> None:
     for service in SERVICES:
         process = found.process(service)
         state = f"[green]runs[/] at {ports[service]}, process {process.pid}" if process else "[bold red]is down[/]"
-        console.print(f"[bold]{service:9}[/] {state}; log {found.log(service)}", highlight=False, soft_wrap=True)
+        console.print(
+            f"[bold]{service:9}[/] {state}; log {escape(str(found.log(service)))}", highlight=False, soft_wrap=True
+        )
     count = sum(path.is_file() for path in found.filestore.glob("*"))
     age = age_text(datetime.datetime.fromisoformat(found.since))
     facts = [
