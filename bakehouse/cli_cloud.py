@@ -25,7 +25,7 @@ from bakehouse.published import Catalogue, Published
 from bakehouse.record import ImageFile, Record
 from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
-from bakehouse.terminal import age_text, console, errors, open_site, print_json, size_text
+from bakehouse.terminal import age_text, console, errors, open_site, print_json, say, size_text
 
 GUEST_AGENT = "qemu-guest-agent"
 
@@ -97,10 +97,10 @@ def published(
         set_visibility=bool(visibility),
     )
 
-    def say(text: str) -> None:
+    def warn(text: str) -> None:
         progress.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
-    publication.remove_leftovers(_catalogue(cloud, settings), store, record.tag, say)
+    publication.remove_leftovers(_catalogue(cloud, settings), store, record.tag, warn)
     if as_json:
         facts = {"outcome": done.outcome, "changes": done.changes, "seconds": round(done.seconds, 2)}
         print_json(_row(done.image, None, None, cloud) | facts)
@@ -111,9 +111,9 @@ def published(
 def _print_publication(record: Record, done: publication.Done, cloud: Cloud) -> None:
     image = done.image.image
     if done.outcome == "unchanged":
-        console.print(f"{record.name} {record.tag} is in {cloud.place} already, as it should be.", highlight=False)
+        say(f"{record.name} {record.tag} is in {cloud.place} already, as it should be.")
     elif done.outcome == "updated":
-        console.print(f"changed: {', '.join(done.changes)}", highlight=False, soft_wrap=True)
+        say(f"changed: {', '.join(done.changes)}")
     console.print()
     rate = f", {done.rate / (1 << 20):.0f} MiB/s" if done.seconds else ""
     facts = [
@@ -180,10 +180,10 @@ def _print_plan_of_publication(record: Record, settings: Settings, store: LocalS
     console.print(table)
     console.print()
     if there and not there[0].incoming:
-        console.print(f"{record.tag} is in {cloud.place} already: {there[0].id}", highlight=False)
+        say(f"{record.tag} is in {cloud.place} already: {there[0].id}")
     else:
         verb = "finish the upload of" if there else "upload"
-        console.print(f"would {verb} {size_text(file.size)} to {cloud.place}", highlight=False)
+        say(f"would {verb} {size_text(file.size)} to {cloud.place}")
 
 
 def check(*, cloud: str, region: str, as_json: bool) -> None:
@@ -195,7 +195,7 @@ def check(*, cloud: str, region: str, as_json: bool) -> None:
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in findings])
     elif not findings:
-        console.print(f"The store and {place} hold the same images.", highlight=False)
+        say(f"The store and {place} hold the same images.")
     else:
         table = Table("State", "Manifest", "Tag", "Id in Glance", "", box=None, pad_edge=False)
         for finding in findings:
@@ -261,7 +261,7 @@ def _print_moved(moved: channel.Moved, name: str, cloud: Cloud, *, dry_run: bool
         return
     would = "would move" if dry_run else "moved"
     if not moved.moved:
-        console.print(f"{name} of {moved.now.name} points to {moved.now.tag} already.", highlight=False)
+        say(f"{name} of {moved.now.name} points to {moved.now.tag} already.")
     else:
         from_text = f" from {before}" if before else ""
         console.print(
@@ -270,7 +270,7 @@ def _print_moved(moved: channel.Moved, name: str, cloud: Cloud, *, dry_run: bool
         )
     for image in moved.hidden:
         verb = "would hide" if dry_run else "hid"
-        console.print(f"{verb} {image.tag} ({image.id}); servers and pins keep it", highlight=False)
+        say(f"{verb} {image.tag} ({image.id}); servers and pins keep it")
     after = moved.history.current
     if not dry_run and after is not None and after.id != moved.now.id:
         console.print(f"[yellow]meanwhile somebody else moved it on to {after.tag}[/]", highlight=False)
@@ -344,7 +344,7 @@ def prune(
     elif yes:
         freed = sum(gone.image.image.size for gone in done if not gone.error)
         count = sum(not gone.error for gone in done)
-        console.print(f"\ndeleted {count} images, {size_text(freed)}", highlight=False)
+        say(f"\ndeleted {count} images, {size_text(freed)}")
     errors_found = [gone for gone in done if gone.error]
     if errors_found:
         log = "\n".join(f"{gone.image.tag}: {gone.error}" for gone in errors_found)
@@ -363,7 +363,7 @@ def _verdict_facts(verdict: retention.Verdict) -> dict[str, Any]:
 
 def _print_verdicts(verdicts: list[retention.Verdict], usage: compute.Usage, cloud: Cloud) -> None:
     if not verdicts:
-        console.print(f"No images of ours in {cloud.place}.", highlight=False)
+        say(f"No images of ours in {cloud.place}.")
         return
     table = Table("", "Manifest", "Tag", "Age", "Size", "Why", box=None, pad_edge=False)
     table.columns[4].justify = "right"
@@ -375,7 +375,7 @@ def _print_verdicts(verdicts: list[retention.Verdict], usage: compute.Usage, clo
     console.print(table)
     going = [verdict for verdict in verdicts if verdict.delete]
     size = size_text(sum(verdict.image.image.size for verdict in going))
-    console.print(f"{len(going)} of {len(verdicts)} images would go, {size}", highlight=False)
+    say(f"{len(going)} of {len(verdicts)} images would go, {size}")
     if usage.reason:
         scope = "what servers use is not known" if not usage.known else "not all is known of what servers use"
         console.print(f"[yellow]{scope}: {escape(usage.reason)}[/]", highlight=False, soft_wrap=True)
@@ -574,8 +574,8 @@ def verify(tag: str, *, cloud: str, region: str, as_json: bool) -> None:
             {"tag": image.tag, "id": image.id, "sha512": image.says("sha512"), "compared": against, "signed": signed}
         )
         return
-    console.print(f"{image.tag} is what was baked: its SHA-512 is that of {', '.join(against)}.", highlight=False)
-    console.print(f"signature: {signed}", highlight=False, soft_wrap=True)
+    say(f"{image.tag} is what was baked: its SHA-512 is that of {', '.join(against)}.")
+    say(f"signature: {signed}")
 
 
 def _check_signature(image: Published, settings: Settings) -> str:

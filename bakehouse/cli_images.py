@@ -13,7 +13,7 @@ from bakehouse import sbom, signature
 from bakehouse.errors import BakehouseError
 from bakehouse.record import Record
 from bakehouse.sbom import Change
-from bakehouse.terminal import console, open_site, print_json
+from bakehouse.terminal import console, open_site, print_json, say
 
 COLOURS = {"added": "green", "removed": "red", "upgraded": "cyan", "downgraded": "bold yellow", "moved": "yellow"}
 
@@ -83,11 +83,7 @@ def check(tag: str) -> None:
     record = store.get(tag)
     trusted = signature.load_trusted(settings.trusted_keys)
     made = signature.check_local(record, store.folder(record.tag), trusted)
-    console.print(
-        f"{record.name} {record.tag} is as it was signed by key {made.keyid[:16]}: image file, record and SBOM",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(f"{record.name} {record.tag} is as it was signed by key {made.keyid[:16]}: image file, record and SBOM")
 
 
 def make_key(path: str) -> None:
@@ -95,7 +91,5 @@ def make_key(path: str) -> None:
     target = Path(path).expanduser()
     keyid = signature.generate(target)
     public = signature.public_path(target)
-    where = f"made key {keyid[:16]}: {target} (keep it secret) and {public}"
-    console.print(where, markup=False, highlight=False, soft_wrap=True)
-    settings = f"\nIn bakehouse.yaml:\n  signing_key: {target}\n  trusted_keys: [{public}]"
-    console.print(settings, markup=False, highlight=False, soft_wrap=True)
+    say(f"made key {keyid[:16]}: {target} (keep it secret) and {public}")
+    say(f"\nIn bakehouse.yaml:\n  signing_key: {target}\n  trusted_keys: [{public}]")

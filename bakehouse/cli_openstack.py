@@ -10,15 +10,12 @@ from bakehouse import local_cloud
 from bakehouse import settings as site
 from bakehouse.errors import BakehouseError
 from bakehouse.local_cloud import SERVICES, LocalCloud
-from bakehouse.terminal import age_text, console, print_json, size_text
+from bakehouse.terminal import age_text, console, print_json, say, size_text
 
 
 def up(*, name: str) -> None:
     """Bring it up and say how to use it."""
     settings = site.load()
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
 
     made = local_cloud.up(settings.cache, name=name or "bakehouse", say=say)
     if name and made.name != name:
@@ -34,13 +31,9 @@ def down(*, delete: bool) -> None:
     """End it."""
     found = local_cloud.down(delete=delete)
     if delete:
-        console.print(
-            f"deleted the local OpenStack with its images, and '{found.name}' from {escape(str(found.clouds_file))}"
-        )
+        say(f"deleted the local OpenStack with its images, and '{found.name}' from {found.clouds_file}")
     else:
-        console.print(
-            f"stopped; its images stay in {escape(str(found.folder))} (--delete removes them)", soft_wrap=True
-        )
+        say(f"stopped; its images stay in {found.folder} (--delete removes them)")
 
 
 def status(*, as_json: bool) -> None:

@@ -34,6 +34,11 @@ def show_error(error: BakehouseError) -> None:
         errors.print(f"[bold]hint:[/] {escape(error.hint)}", highlight=False, soft_wrap=True)
 
 
+def say(text: str) -> None:
+    """Print a line as it is: nothing in it is markup, and nothing is broken into lines."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_json(data: Any) -> None:
     """Print plain data as JSON."""
     print(json.dumps(data, indent=1, default=str))
