@@ -771,7 +771,7 @@ promote = command(
     | DRY_RUN
     | JSON
     | {
-        "tag": "a published image's tag, or its beginning",
+        "tag": "a published image's tag, its beginning, or a manifest's name for its newest",
         "to": "the channel; it is made where it is new",
         "force": "also where the image is not verified; kept in the history",
     },

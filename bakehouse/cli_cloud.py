@@ -100,7 +100,7 @@ def published(
     def warn(text: str) -> None:
         progress.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
-    publication.remove_leftovers(_catalogue(cloud, settings), store, record.tag, warn)
+    publication.remove_leftovers(Catalogue.read(cloud), store, record.tag, warn)
     if as_json:
         facts = {"outcome": done.outcome, "changes": done.changes, "seconds": round(done.seconds, 2)}
         print_json(_row(done.image, None, None, cloud) | facts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -181,13 +180,14 @@ class Catalogue:
         """Return the image with a tag.
 
         Args:
-            tag: a tag, or its beginning where only one image has it.
+            tag: a tag, or its beginning where only one image has it, or a manifest's name for its newest.
 
         Raises:
             BakehouseError: no image or more than one has it.
         """
         exact = [image for image in self.images if image.tag == tag]
-        fitting = exact or [image for image in self.images if tag and image.tag.startswith(tag)]
+        named = [image for image in self.named(tag) if not image.incoming][:1]
+        fitting = exact or named or [image for image in self.images if tag and image.tag.startswith(tag)]
         if not fitting:
             raise BakehouseError(
                 f"there is no image '{tag}' in {self.cloud.place}",
@@ -215,8 +215,3 @@ def _age(published: Published) -> tuple[datetime.datetime, datetime.datetime, st
         baked = published.image.created
     baked = baked if baked.tzinfo else baked.replace(tzinfo=datetime.UTC)
     return baked, published.image.created, published.id
-
-
-def find_all(images: Iterable[Published], tag: str) -> list[Published]:
-    """Return the images with just this tag."""
-    return [image for image in images if image.tag == tag]

@@ -51,7 +51,8 @@ def shop(tmp_path: Path, local: LocalCloud, request: pytest.FixtureRequest) -> I
 
 def dying(shop: Shop, point: str, tag: str = TAG) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, DIES, point, tag], cwd=shop.folder, text=True,
+        # Whoever runs the tests may ignore Ctrl-C, as a shell's background jobs do.
+        ["env", "--default-signal=INT", sys.executable, DIES, point, tag], cwd=shop.folder, text=True,
         env=shop.environment | {"PYTHONPATH": str(REPOSITORY)},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip

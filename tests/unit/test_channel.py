@@ -225,6 +225,17 @@ def test_a_channel_that_points_to_what_cannot_be_used_says_how_to_go_on() -> Non
     assert "invoke rollback" in caught.value.hint
 
 
+def test_an_image_is_found_by_tag_beginning_or_name() -> None:
+    cloud = cloud_with(*TAGS[:3])
+    cloud.images[f"slurm-{TAGS[2]}"][STATE] = "incoming"
+    catalogue = Catalogue.read(cloud)
+    assert [catalogue.get(wanted).tag for wanted in (TAGS[0], TAGS[1][:8], "slurm")] == [TAGS[0], TAGS[1], TAGS[1]]
+    with pytest.raises(BakehouseError, match="fits 3 images"):
+        catalogue.get("2026")
+    with pytest.raises(BakehouseError, match="there is no image ''"):
+        catalogue.get("")
+
+
 def test_an_image_of_ours_is_known_by_its_mark() -> None:
     cloud = cloud_with(TAGS[0])
     (image,) = Catalogue.read(cloud).images
