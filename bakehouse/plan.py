@@ -23,6 +23,9 @@ OPERATING_SYSTEM = "debian-mmdebstrap"
 HAND_OVER = "root-folder"
 """The element that gives the finished root to Bakehouse in place of a block device."""
 
+BASE_FILES = ("root.d", "environment.d", "finalise.d/10-package-origins")
+"""Of the operating system's element: what makes the base root."""
+
 RESULT_MODULES = ("build.py", "disk.py", "rootfs.py")
 """Modules of this library whose code can change what is in an image."""
 
@@ -194,9 +197,7 @@ def _base_inputs(
 ) -> dict[str, str]:
     system = next((e for e in expanded if e.name == OPERATING_SYSTEM), None)
     files = system.files() if system else {}
-    maker = {
-        f"element {OPERATING_SYSTEM}/{f}": d for f, d in files.items() if f.startswith(("root.d", "environment.d"))
-    }
+    maker = {f"element {OPERATING_SYSTEM}/{f}": d for f, d in files.items() if f.startswith(BASE_FILES)}
     # The host's own mirror is one of many that hold the same packages. One that a site names may be frozen or
     # changed, so what it is counts.
     named = {"mirror": settings.mirror, "security_mirror": settings.security_mirror} if not image.snapshot else {}

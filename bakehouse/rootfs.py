@@ -17,13 +17,10 @@ from pathlib import Path
 IDENTITY = "etc/bakehouse/image.json"
 """Where an image says what it is."""
 
+ORIGINS = "usr/share/bakehouse/package-origins"
+"""Where the build has noted from which archive each package came. See the element debian-mmdebstrap."""
+
 MAX_LOG_BYTES = 64 * 1024
-
-ORIGIN = "origin"
-"""The archive that a package came from, such as ``Debian trixie/main``; empty where it is not known."""
-
-ORIGINS = "var/lib/bakehouse/package-origins"
-"""Where the element debian-mmdebstrap notes the archive of each package: name, version, archive."""
 
 DPKG_FIELDS = (
     "binary:Package",
@@ -149,7 +146,7 @@ def kernel_version(root: Path) -> str:
 
 
 def packages(root: Path) -> list[dict[str, str]]:
-    """Return the installed packages with DPKG_FIELDS and ORIGIN, sorted by name."""
+    """Return the installed packages with DPKG_FIELDS and their origin (empty if not known), sorted by name."""
     form = "\\t".join(f"${{{field}}}" for field in DPKG_FIELDS) + "\\n"
     done = subprocess.run(
         ["dpkg-query", f"--admindir={root}/var/lib/dpkg", "--show", f"--showformat={form}"],
@@ -158,24 +155,28 @@ def packages(root: Path) -> list[dict[str, str]]:
         check=True,
     )
     rows = [dict(zip(DPKG_FIELDS, line.split("\t"), strict=True)) for line in done.stdout.splitlines()]
-    known = _origins(root)
+    origins = _origins(root)
     for row in rows:
-        name = row["binary:Package"]
-        # dpkg adds the architecture where several could be installed, apt where it is not the machine's own.
-        row[ORIGIN] = known.get((name, row["Version"])) or known.get((name.partition(":")[0], row["Version"]), "")
+        package = row["binary:Package"].partition(":")[0]
+        row["origin"] = origins.get((package, row["Architecture"], row["Version"]), "")
     return sorted(
         (row for row in rows if row["db:Status-Status"] == "installed"), key=lambda row: row["binary:Package"]
     )
 
 
-def _origins(root: Path) -> dict[tuple[str, str], str]:
-    """Return the archive of each package, by name and version; empty where nobody noted it."""
-    try:
-        lines = (root / ORIGINS).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    rows = (line.split("\t") for line in lines)
-    return {(row[0], row[1]): row[2] for row in rows if len(row) == 3}  # noqa: PLR2004 - name, version, archive
+def _origins(root: Path) -> dict[tuple[str, ...], str]:
+    """Return from which archive packages came, by name, architecture and version. Empty where that was not noted."""
+    path = root / ORIGINS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {tuple(package): origin for *package, origin in (line.split("\t") for line in lines)}
+
+
+def _forget_origins(root: Path) -> None:
+    """Take the notes on packages' origins out of a root: they are about the build, and are in the SBOM."""
+    path = root / ORIGINS
+    path.unlink(missing_ok=True)
+    if path.parent.is_dir() and not any(path.parent.iterdir()):
+        path.parent.rmdir()
 
 
 def _write(path: Path, text: str) -> None:
@@ -196,10 +197,10 @@ def main() -> int:
         print(f"hygiene: {fault}")
     if wrong:
         return 1
-    seal(arguments.root, **json.loads(arguments.specification.read_text()))
     report = {"packages": packages(arguments.root), "kernel": kernel_version(arguments.root)}
+    _forget_origins(arguments.root)
+    seal(arguments.root, **json.loads(arguments.specification.read_text()))
     arguments.report.write_text(json.dumps(report))
-    (arguments.root / ORIGINS).unlink(missing_ok=True)
     return 0
 
 

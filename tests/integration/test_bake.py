@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from oslo_utils.imageutils import format_inspector
 
-from bakehouse import REPOSITORY
+from bakehouse import REPOSITORY, sbom
 from bakehouse.cache import BaseCache
 from bakehouse.errors import BakehouseError
 from bakehouse.record import Record
@@ -226,3 +226,59 @@ def test_elements_work_in_plain_diskimage_builder(real_settings: Settings, tmp_p
     assert "./etc/systemd/system/slurmd.service.d/10-slurm-node.conf" in names
     assert "./etc/systemd/system/multi-user.target.wants/slurmd.service" not in names
     assert not [name for name in names if "ssh_host" in name or name.endswith("munge.key")]
+
+
+def origins(record: Record, settings: Settings) -> dict[str, str]:
+    packages = sbom.read(settings.store / record.tag / record.sbom)
+    return {name: package.origin for name, package in packages.items()}
+
+
+def test_the_bill_of_materials_says_where_every_package_came_from(baked: Record, real_settings: Settings) -> None:
+    found = origins(baked, real_settings)
+    assert found["base-files"] == "Debian trixie/main", "which is in the base root"
+    known = {"Debian trixie/main", "Debian trixie-updates/main", "Debian-Security trixie-security/main"}
+    assert found["slurmd"] in known, "which is installed over it"
+    assert set(found.values()) <= known
+
+
+A_SITES_REPOSITORY = """
+mkdir -p /srv/site/tool/DEBIAN && cd /srv/site
+for name in site-file site-tool; do
+    cat > tool/DEBIAN/control <<END
+Package: ${name}
+Version: 1.0
+Architecture: all
+Maintainer: A <a@example.org>
+Description: x
+END
+    dpkg-deb --build tool ${name}.deb
+done
+dpkg --install site-file.deb
+{ dpkg-deb --field site-tool.deb
+  echo "Filename: ./site-tool.deb"
+  echo "Size: $(stat -c %s site-tool.deb)"
+  echo "SHA256: $(sha256sum < site-tool.deb | cut -d ' ' -f 1)"
+} > Packages
+cat > Release <<END
+Origin: obs://build.example.org/tools
+Label: Tools of a Site
+Codename: tools
+Date: $(date -Ru)
+SHA256:
+ $(sha256sum < Packages | cut -d ' ' -f 1) $(stat -c %s Packages) Packages
+END
+echo 'deb [trusted=yes] file:/srv/site ./' > /etc/apt/sources.list.d/site.list
+apt-get update
+apt-get install -y site-tool
+# As where the lists are newer than the base root, and no longer hold its versions.
+rm /var/lib/apt/lists/*trixie_main*_Packages
+"""
+
+
+def test_packages_of_a_sites_repository_name_it(baked: Record, site_elements: Settings) -> None:
+    write_script(site_elements, A_SITES_REPOSITORY)
+    record, _ = bake(site_elements, "broken")
+    assert record.steps[0].cached
+    found = origins(record, site_elements)
+    assert (found["site-tool"], found["site-file"]) == ("Tools of a Site tools", "")
+    assert found["base-files"] == "Debian trixie/main", "as it was noted when the base root was made"

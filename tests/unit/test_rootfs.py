@@ -245,12 +245,19 @@ def test_a_good_root_is_sealed_and_listed(root: Path, monkeypatch: pytest.Monkey
     assert (root / rootfs.IDENTITY).is_file()
 
 
-def test_the_archive_of_a_package_is_told_where_it_was_noted(root: Path) -> None:
-    names = ("slurmd", "libc6", "local")
+def test_packages_say_where_they_came_from(root: Path) -> None:
     (root / "var/lib/dpkg/status").write_text(
-        "".join(STATUS.format(name=n, status="install ok installed", version="1.0", source=n) for n in names)
+        "".join(
+            STATUS.format(name=name, status="install ok installed", version="1.0", source=name)
+            for name in ("munge", "slurmd", "site-tool")
+        )
     )
-    notes = root / rootfs.ORIGINS
-    notes.parent.mkdir(parents=True, exist_ok=True)
-    notes.write_text("slurmd\t1.0\tDebian trixie/main\nlibc6\t0.9\tDebian trixie/main\nnonsense\n")
-    assert [row["origin"] for row in rootfs.packages(root)] == ["", "", "Debian trixie/main"]
+    (root / rootfs.ORIGINS).parent.mkdir(parents=True, exist_ok=True)
+    (root / rootfs.ORIGINS).write_text(
+        "munge\tamd64\t1.0\tDebian-Security trixie-security/main\nslurmd\tamd64\t0.9\tDebian trixie/main\n"
+    )
+    assert {row["binary:Package"]: row["origin"] for row in rootfs.packages(root)} == {
+        "munge": "Debian-Security trixie-security/main",
+        "slurmd": "",
+        "site-tool": "",
+    }
