@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from rich.table import Table
 
 from bakehouse import channel, compute, inventory, manifest, pin, properties, retention, sbom, signature, upload
 from bakehouse import publish as publication
+from bakehouse import record as record_module
 from bakehouse import settings as site
-from bakehouse.cloud import Cloud, connect
+from bakehouse.cloud import Cloud, CloudError, connect
 from bakehouse.errors import BakehouseError
 from bakehouse.glance import Glance
 from bakehouse.pin import Pin
@@ -26,6 +28,9 @@ from bakehouse.record import ImageFile, Record
 from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
 from bakehouse.terminal import age_text, console, errors, open_site, print_json, say, size_text
+
+NOVA_SECONDS = 10
+"""How long a list of images waits for a Nova that is away."""
 
 GUEST_AGENT = "qemu-guest-agent"
 
@@ -82,10 +87,10 @@ def published(
         raise BakehouseError(f"--visibility {visibility}: it is one of {', '.join(allowed)}")
     progress = errors if as_json else console
     file, metadata = _metadata(record, settings, store, kind)
-    signed = _sign(record, settings, file.format)
+    folder = store.folder(record.tag)
+    signed = _sign(record, settings, file.format, folder)
     if signed:
-        folder = store.folder(record.tag)
-        signature.write_envelope(folder, signature.statement_of(record, file.format), signed)
+        signature.write_envelope(folder, signature.statement_of(record, file.format, folder), signed)
     done = publication.publish(
         record,
         file,
@@ -140,16 +145,17 @@ def _file(record: Record, kind: str) -> ImageFile:
     return files[0]
 
 
-def _sign(record: Record, settings: Settings, kind: str) -> signature.Signature | None:
+def _sign(record: Record, settings: Settings, kind: str, folder: Path) -> signature.Signature | None:
     """Return the site's signature of what is published; None where it has no key."""
     if settings.signing_key is None:
         return None
-    return signature.sign(signature.statement_of(record, kind), signature.load_private_key(settings.signing_key))
+    key = signature.load_private_key(settings.signing_key)
+    return signature.sign(signature.statement_of(record, kind, folder), key)
 
 
 def _metadata(record: Record, settings: Settings, store: LocalStore, kind: str) -> tuple[ImageFile, Metadata]:
     """Return the file to publish and what the image shall say of itself."""
-    file = _file(record, kind)
+    file, folder = _file(record, kind), store.folder(record.tag)
     overrides: list[tuple[str, properties.Values]] = [("image_properties of the site", settings.image_properties)]
     description = ""
     places = manifest.folders(settings.manifests)
@@ -162,9 +168,9 @@ def _metadata(record: Record, settings: Settings, store: LocalStore, kind: str) 
         file,
         description=description,
         overrides=tuple(overrides),
-        guest_agent=GUEST_AGENT in sbom.read(store.folder(record.tag) / record.sbom),
-        record_sha256=signature.record_digest(record),
-        signature=_sign(record, settings, file.format),
+        guest_agent=GUEST_AGENT in sbom.read(folder / record.sbom),
+        record_sha256=record_module.digest(folder / record_module.FILE_NAME),
+        signature=_sign(record, settings, file.format, folder),
     )
     return file, made
 
@@ -517,7 +523,11 @@ def images(*, cloud: str, region: str, as_json: bool) -> None:
     settings = site.load()
     with _connect(settings, cloud, region) as connected:
         catalogue = _catalogue(connected, settings)
-        usage = compute.usage(connected)
+        try:
+            with connected.hurried(NOVA_SECONDS):
+                usage = compute.usage(connected)
+        except CloudError as error:
+            usage = compute.Usage("", f"Nova does not answer ({error.message})", Counter())
     pointed = channel.pointed_to(catalogue)
     if as_json:
         print_json([_row(image, pointed, usage, connected) for image in catalogue.images])

@@ -69,9 +69,10 @@ def sign(tag: str) -> None:
             "this site has no signing key",
             hint="`invoke sign.key PATH` makes one; name it as 'signing_key' in bakehouse.yaml",
         )
-    statement = signature.statement_of(record, record.files[0].format)
+    folder = store.folder(record.tag)
+    statement = signature.statement_of(record, record.files[0].format, folder)
     made = signature.sign(statement, signature.load_private_key(settings.signing_key))
-    path = signature.write_envelope(store.folder(record.tag), statement, made)
+    path = signature.write_envelope(folder, statement, made)
     console.print(
         f"signed {record.name} {record.tag} with key {made.keyid[:16]}: {path}", highlight=False, soft_wrap=True
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -166,3 +167,28 @@ def read(path: Path) -> Record:
             f"{path} is not a record of an image: {str(error).splitlines()[0]}",
             hint="remove its folder and bake again",
         ) from error
+
+
+def canonical(data: dict[str, Any]) -> bytes:
+    """Return the one form of JSON that digests and signatures are about: keys sorted, no blanks, UTF-8."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a record: of its canonical JSON without ``published``, which changes later.
+
+    It is about all that the file says, also what another version of Bakehouse wrote and this one does not know.
+
+    Raises:
+        BakehouseError: it cannot be read or is not a record.
+    """
+    read(path)
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return hashlib.sha256(
+            canonical({name: value for name, value in said.items() if name != "published"})
+        ).hexdigest()
+    except OSError as error:
+        raise BakehouseError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise BakehouseError(f"{path} has no canonical form: {error}") from error

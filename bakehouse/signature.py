@@ -7,13 +7,11 @@ the image's properties in Glance, so that a signature can be checked where the s
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -22,6 +20,7 @@ from securesystemslib.exceptions import UnverifiedSignatureError, VerificationEr
 from securesystemslib.signer import CryptoSigner, SSlibKey
 from securesystemslib.signer import Signature as RawSignature
 
+from bakehouse import record as records
 from bakehouse.cache import file_digest, write_atomically
 from bakehouse.errors import BakehouseError
 from bakehouse.record import Record
@@ -58,7 +57,7 @@ class Statement:
 
     def payload(self) -> bytes:
         """Return the bytes that are signed: JSON with sorted keys and no blanks."""
-        return _canonical({"type": "bakehouse image", "version": VERSION, **asdict(self)})
+        return records.canonical({"type": "bakehouse image", "version": VERSION, **asdict(self)})
 
 
 @dataclass(frozen=True)
@@ -71,21 +70,16 @@ class Signature:
     """Base64."""
 
 
-def _canonical(data: Mapping[str, Any]) -> bytes:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def record_digest(record: Record) -> str:
-    """Return the SHA-256 of a record, without where it is published: that changes afterwards."""
-    return hashlib.sha256(_canonical(record.model_dump(mode="json", exclude={"published"}))).hexdigest()
-
-
-def statement_of(record: Record, kind: str) -> Statement:
+def statement_of(record: Record, kind: str, folder: Path) -> Statement:
     """Return what a signature of an image covers.
 
     Args:
         record: the image.
         kind: qcow2 or raw.
+        folder: the image's, in the store.
+
+    Raises:
+        BakehouseError: the record's file cannot be read.
     """
     file = next(file for file in record.files if file.format == kind)
     return Statement(
@@ -95,7 +89,7 @@ def statement_of(record: Record, kind: str) -> Statement:
         digest=record.digest,
         format=file.format,
         sha512=file.sha512,
-        record_sha256=record_digest(record),
+        record_sha256=records.digest(folder / records.FILE_NAME),
         sbom_sha256=record.sbom_sha256,
         verified=record.verification.result if record.verification else "none",
     )
@@ -299,7 +293,7 @@ def check_local(record: Record, folder: Path, trusted: Mapping[str, SSlibKey]) -
         found = {
             f"the image file {image}": file_digest(image, "sha512")["sha512"] == statement.sha512,
             f"the SBOM {bill}": file_digest(bill, "sha256")["sha256"] == statement.sbom_sha256,
-            "the record": statement == statement_of(record, statement.format),
+            "the record": statement == statement_of(record, statement.format, folder),
         }
     except OSError as error:
         raise BakehouseError(

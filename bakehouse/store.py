@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -125,7 +126,9 @@ class LocalStore:
         """
         path = self.folder(tag) / records.FILE_NAME
         amended = records.read(path).model_copy(update=changes)
-        write_atomically(path, amended.model_dump_json(indent=1) + "\n")
+        # All else stays as it was written: a newer Bakehouse may have written more, and signatures are about all of it.
+        written = json.loads(path.read_text(encoding="utf-8")) | amended.model_dump(mode="json", include={*changes})
+        write_atomically(path, json.dumps(written, indent=1, ensure_ascii=False) + "\n")
         return amended
 
     def remove(self, record: Record) -> int:

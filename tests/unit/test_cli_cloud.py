@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from bakehouse import channel, cli_cloud
+from bakehouse.cloud import CloudError
 from bakehouse.store import LocalStore
 from tests.fake_glance import FakeCloud
 from tests.samples import add_image
@@ -92,6 +93,24 @@ def test_the_list_is_a_table(shop: Shop) -> None:
     assert "2 h" in lines[2]
     assert lines[3].split()[-4:] == ["passed", "3", "active,", "hidden"]
     assert lines[-1].startswith("3 images")
+
+
+def test_a_nova_that_is_away_does_not_hide_the_list(shop: Shop) -> None:
+    filled(shop).servers = []
+
+    def away() -> None:
+        raise CloudError("here cannot be reached")
+
+    # The first two are the images themselves.
+    for act in (lambda: None, lambda: None, away):
+        shop.cloud.on("GET", act)
+    done = shop.run("images", "--cloud", "here")
+    assert done.status == 0
+    assert "Nova does not answer" in done.out
+    for act in (lambda: None, lambda: None, away):
+        shop.cloud.on("GET", act)
+    assert shop.run("prune", "--keep", "1", "--yes").status == 1, "but nothing is deleted then"
+    assert len(shop.cloud.images) == 3
 
 
 def test_an_empty_cloud_says_how_to_fill_it(shop: Shop) -> None:

@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> LocalStore:
 
 def signed(store: LocalStore, key: Path) -> tuple[Record, Statement, Signature]:
     record = store.get(TAG)
-    statement = signature.statement_of(record, "qcow2")
+    statement = signature.statement_of(record, "qcow2", store.folder(TAG))
     made = signature.sign(statement, signature.load_private_key(key))
     signature.write_envelope(store.folder(TAG), statement, made)
     return record, statement, made
@@ -79,11 +79,27 @@ def test_what_is_no_signature_is_not_good(store: LocalStore, key: Path, value: s
 
 
 def test_where_it_is_published_is_not_covered(store: LocalStore, key: Path) -> None:
-    before = signature.record_digest(store.get(TAG))
+    def digest() -> str:
+        return signature.statement_of(store.get(TAG), "qcow2", store.folder(TAG)).record_sha256
+
+    before = digest()
     store.amend(TAG, {"published": []})
-    assert signature.record_digest(store.get(TAG)) == before
+    assert digest() == before
     store.amend(TAG, {"kernel": "6.13"})
-    assert signature.record_digest(store.get(TAG)) != before
+    assert digest() != before
+
+
+def test_a_record_of_another_version_keeps_its_signature(store: LocalStore, key: Path) -> None:
+    """What we do not know of it is covered too, and stays when the record is amended."""
+    path = store.folder(TAG) / FILE_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of_the_future": [1, "\u00e4"]}))
+    _, statement, made = signed(store, key)
+    store.amend(TAG, {"published": []})
+    assert signature.check_local(store.get(TAG), store.folder(TAG), trusted(key)) == made
+    path.write_text(path.read_text().replace("of_the_future", "of_the_past"))
+    with pytest.raises(BakehouseError, match="the record"):
+        signature.check_local(store.get(TAG), store.folder(TAG), trusted(key))
+    assert statement.tag == TAG
 
 
 def test_securesystemslib_and_openssl_can_check_it(store: LocalStore, key: Path, tmp_path: Path) -> None:
