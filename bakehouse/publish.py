@@ -41,6 +41,9 @@ MOST_TRIES = 5
 SETTLE_SECONDS = 10.0
 """A living Glance puts an image back to ``queued`` within a second of its uploader's end; a killed one never does."""
 
+ADOPT_SECONDS = 5.0
+"""How long another host's publisher has from creating an image to sending it, before we do."""
+
 SLOWEST = 1 << 19
 """Bytes a second: an upload by another host that is slower than this is taken for dead."""
 
@@ -191,6 +194,8 @@ class _Job:
         self.seconds = 0.0
         self.began_here = False
         """Whether this run created or uploaded the image that it works on."""
+        self.adopted = ""
+        """Id of an image that another publisher created and did not send."""
 
     def run(self) -> Done:
         """Do it."""
@@ -240,15 +245,17 @@ class _Job:
                     hint="rename or delete it; Bakehouse does not touch what it did not make",
                 )
         for image in ours:
-            theirs = image.properties.get(OURS + "sha512", "")
-            if theirs != self.file.sha512:
-                raise BakehouseError(
-                    f"{self.record.tag} is in {self.cloud.place} already with other content (image {image.id}): it was "
-                    "baked elsewhere from the same inputs, or is the other of two file formats",
-                    hint=f"bake anew for a new tag: `invoke bake --platform {self.record.name} --force`",
-                )
+            self._must_be_the_same(image)
         # Whole ones first: there is one only, but for what hands did.
         return min(ours, key=lambda image: (Published(image).incoming, image.created), default=None)
+
+    def _must_be_the_same(self, image: CloudImage) -> None:
+        if image.properties.get(OURS + "sha512", "") != self.file.sha512:
+            raise BakehouseError(
+                f"{self.record.tag} is in {self.cloud.place} already with other content (image {image.id}): it was "
+                "baked elsewhere from the same inputs, or is the other of two file formats",
+                hint=f"bake anew for a new tag: `invoke bake --platform {self.record.name} --force`",
+            )
 
     def _is_ours(self, image: CloudImage) -> bool:
         published = Published(image)
@@ -263,6 +270,7 @@ class _Job:
             image = self.glance.get(identity) or self._create(identity) or self.glance.get(identity)
             # None: an image with this id has been deleted, and Glance gives it to nobody again.
             if image is not None and image.owner == self.cloud.project and image.status not in {"deleted", "killed"}:
+                self._must_be_the_same(image)
                 return image
         raise BakehouseError(
             f"{self.record.tag} has been published to {self.cloud.place} and deleted {MOST_CLAIMS} times",
@@ -291,7 +299,11 @@ class _Job:
         """Bring an image to ``active``: upload it, or wait for whoever does."""
         tries = 0
         while image.status != "active":
-            if image.status == "queued":
+            if image.status == "queued" and self._may_be_anothers(image):
+                # He may be about to send it: only where nothing comes of it do we.
+                following = self._poll(image, ADOPT_SECONDS)
+                self.adopted = image.id
+            elif image.status == "queued":
                 tries += 1
                 following = self._send(image, tries)
             elif image.status in {"saving", "uploading", "importing"}:
@@ -311,6 +323,9 @@ class _Job:
             image = self._poll(image, SETTLE_SECONDS, lambda found: Published(found).incoming) or image
         return image
 
+    def _may_be_anothers(self, image: CloudImage) -> bool:
+        return image.properties.get(UPLOADER) != self.own and self.adopted != image.id
+
     def _send(self, image: CloudImage, tries: int) -> CloudImage | None:
         """Upload once. Return the image as it is then, None where it is gone.
 
@@ -325,15 +340,17 @@ class _Job:
             self.glance.upload(image.id, upload.FileChunks(self.path, self.meter.tell))
             self.seconds = time.monotonic() - self.meter.started
         except CloudError as error:
-            if error.status not in CHANGED:
-                if not is_passing(error):
-                    raise
-                self._pause(error, tries)
-            # 409: another publisher was quicker by a moment.
-        found = self.glance.get(image.id)
-        if found and found.status == "saving" and self.seconds == 0.0:
-            return self._settled(found)
-        return found
+            if error.status in CHANGED:
+                # Another publisher was quicker by a moment: what comes of it is his.
+                self.began_here = False
+                found = self.glance.get(image.id)
+                return self._wait_for_another(found) if found and found.status == "saving" else found
+            if not is_passing(error):
+                raise
+            self._pause(error, tries)
+            found = self.glance.get(image.id)
+            return self._settled(found) if found and found.status == "saving" else found
+        return self.glance.get(image.id)
 
     def _pause(self, error: CloudError, tries: int) -> None:
         if tries >= MOST_TRIES:
@@ -359,6 +376,9 @@ class _Job:
         if image.properties.get(UPLOADER) == self.own:
             # We hold the lock: nobody on this host uploads it.
             return self._settled(image)
+        return self._wait_for_another(image)
+
+    def _wait_for_another(self, image: CloudImage) -> CloudImage | None:
         self.progress.note("another publisher is uploading it; waiting for that")
         found = self._poll(image, PATIENCE_SECONDS + self.file.size / SLOWEST)
         if found and found.status == image.status:

@@ -64,7 +64,7 @@ class Publisher:
 @pytest.fixture
 def publisher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Publisher:
     monkeypatch.setattr(time, "sleep", lambda _seconds: None)
-    for name in ("SETTLE_SECONDS", "PATIENCE_SECONDS"):
+    for name in ("SETTLE_SECONDS", "PATIENCE_SECONDS", "ADOPT_SECONDS"):
         monkeypatch.setattr(publish, name, 0.05)
     monkeypatch.setattr(publish, "SLOWEST", 1 << 40)
     return Publisher(tmp_path)
@@ -164,6 +164,41 @@ def test_another_publisher_who_sends_it_a_moment_before(publisher: Publisher) ->
     publisher.cloud.on("PUT", other)
     publisher.publish()
     assert publisher.is_whole()
+
+
+def test_an_upload_that_another_one_began_a_moment_before_is_never_deleted(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Glance says 409 and 'saving': it looks as what a killed Glance leaves of ours, and is not."""
+    monkeypatch.setattr(publish, "PATIENCE_SECONDS", 30)
+    monkeypatch.setattr(publish, "SETTLE_SECONDS", 0.0)
+    looks = list[int]()
+
+    def other_begins() -> None:
+        publisher.only["status"] = "saving"
+        for _ in range(8):
+            publisher.cloud.on("GET", other_goes_on)
+
+    def other_goes_on() -> None:
+        looks.append(1)
+        if len(looks) == 6:
+            publisher.only["status"] = "queued"
+            publisher.cloud._put(publisher.only, [publisher.store.image(publisher.record).read_bytes()])
+
+    publisher.cloud.on("PUT", other_begins)
+    publisher.publish()
+    assert publisher.is_whole()
+    assert not any(line.startswith("DELETE") for line in publisher.cloud.asked)
+
+
+def test_other_content_that_appears_a_moment_before_is_told(publisher: Publisher) -> None:
+    identity = publish.image_id("ours", "slurm", TAG, 0)
+    theirs = {**publisher.metadata().fields(), "id": identity, "os_hidden": True, STATE: INCOMING, UPLOADER: "them",
+              "bakehouse_sha512": "0" * 128}  # fmt: skip
+    publisher.cloud.on("POST", lambda: publisher.cloud._create(theirs) and None)
+    with pytest.raises(BakehouseError, match="already with other content"):
+        publisher.publish()
+    assert len(publisher.cloud.images) == 1, "it is not ours to remove"
 
 
 def stuck(publisher: Publisher, own: str) -> None:
