@@ -17,6 +17,9 @@ class BakehouseError(Exception):
         self.message = message
         self.hint = hint
         self.log = log
+        if log:
+            # For tracebacks: a failed test or --debug shows it too.
+            self.add_note(log)
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message

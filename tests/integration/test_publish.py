@@ -93,13 +93,16 @@ def test_a_baked_image_comes_to_glance_with_all_that_is_known_of_it(
     shop: Shop, baked: Record, real_settings: Settings
 ) -> None:
     shop.configure(store=str(real_settings.store), cache=str(real_settings.cache))
+    store = LocalStore(real_settings.store)
+    there = {record.tag for record in store.records()}
     done = shop.good("bake", "--platform", "slurm", "--no-verify", "--upload", "--json")
-    assert done.json["tag"] == baked.tag, "nothing has changed: it is only uploaded"
-    record = LocalStore(real_settings.store).get(baked.tag)
+    assert done.json["tag"] in there, "nothing has changed: it is only uploaded"
+    # Another test may have baked the same again since: then that one is the newest, under a tag of its own.
+    record = store.get(done.json["tag"])
     image = whole(shop, record).image
     properties = image.properties
-    assert (image.name, image.disk_format, image.visibility) == (f"slurm-{baked.tag}", "qcow2", "private")
-    assert image.min_disk * (1 << 30) >= baked.files[0].virtual_size
+    assert (image.name, image.disk_format, image.visibility) == (f"slurm-{record.tag}", "qcow2", "private")
+    assert image.min_disk * (1 << 30) >= record.files[0].virtual_size
     assert set(image.tags) == {"bakehouse", "slurm", "os:debian"}
     # SCS-0102, mandatory and recommended.
     for name in (
@@ -110,14 +113,14 @@ def test_a_baked_image_comes_to_glance_with_all_that_is_known_of_it(
         assert properties[name], name
     assert properties["os_admin_user"] == "debian"
     assert "hw_qemu_guest_agent" not in properties, "it is not in the image"
-    assert properties["bakehouse_slurm_version"] == baked.versions["slurm"]
-    assert properties["bakehouse_kernel_version"] == baked.kernel
-    assert properties["bakehouse_digest"] == baked.digest
-    assert properties["bakehouse_sbom_sha256"] == baked.sbom_sha256
+    assert properties["bakehouse_slurm_version"] == record.versions["slurm"]
+    assert properties["bakehouse_kernel_version"] == record.kernel
+    assert properties["bakehouse_digest"] == record.digest
+    assert properties["bakehouse_sbom_sha256"] == record.sbom_sha256
     assert done.json["outcome"] == "published"
     (entry,) = record.published
     assert (entry.cloud, entry.id, entry.format) == ("here", image.id, "qcow2")
-    shop.good("images.verify", baked.tag)
+    shop.good("images.verify", record.tag)
 
 
 def test_publishing_twice_does_nothing(shop: Shop) -> None:
