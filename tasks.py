@@ -11,6 +11,7 @@ from typing import Any
 from invoke import Collection, Context, Exit, task
 
 from bakehouse import cli, cli_cloud, cli_images, cli_nodes, cli_openstack, terminal
+from bakehouse import userdata as users_data
 from bakehouse.errors import BakehouseError
 
 
@@ -433,6 +434,13 @@ def _userdata(
     feature: list[str] = [],  # noqa: B006
     hardware: str = "",
     key_file: str = "",
+    api_server: str = "",
+    ca_hash: list[str] = [],  # noqa: B006
+    discovery_file: str = "",
+    label: list[str] = [],  # noqa: B006
+    taint: list[str] = [],  # noqa: B006
+    provider_id: str = "",
+    cloud_provider: str = "",
     broker: str = "",
     ca: str = "",
     token_file: str = "",
@@ -446,22 +454,35 @@ def _userdata(
       invoke userdata --controller ctl.example.org --node node-1 --broker https://ctl.example.org:8444 \
           --ca ca.crt --token-file token --output node-1.yaml
       invoke userdata --controller ctl.example.org --key-file /etc/munge/munge.key --output nodes.yaml
+      kubeadm token create --ttl 30m > token
+      invoke userdata --platform kubernetes --api-server api.example.org:6443 --ca-hash sha256:0123... \
+          --key-file token --label zone=a --taint gpu=yes:NoSchedule --output nodes.yaml
     """
-    cli_nodes.render_userdata(
-        platform=platform,
-        path=path,
-        node=node,
-        controllers=controller,
-        authentication=authentication,
-        features=feature,
-        hardware=hardware,
-        key_file=key_file,
-        broker=broker,
-        ca=ca,
-        token_file=token_file,
-        ssh_keys=ssh_key,
-        output=output,
+    shared = cli_nodes.Shared(
+        path=path, node=node, key_file=key_file, broker=broker, ca=ca, token_file=token_file, ssh_keys=ssh_key
     )
+    join: users_data.Join | users_data.KubernetesJoin
+    if platform == "kubernetes":
+        join = cli_nodes.kubernetes_join(
+            shared,
+            api_server=api_server,
+            ca_hashes=ca_hash,
+            discovery_file=discovery_file,
+            labels=label,
+            taints=taint,
+            provider_id=provider_id,
+            cloud_provider=cloud_provider,
+        )
+    else:
+        join = cli_nodes.slurm_join(
+            shared,
+            platform=platform,
+            controllers=controller,
+            authentication=authentication,
+            features=feature,
+            hardware=hardware,
+        )
+    cli_nodes.render_userdata(join, output)
 
 
 def _join_token(_context: Context, platform: str, node: str, lifetime: str = "1h") -> None:
@@ -499,6 +520,7 @@ def _cluster_up(
     Examples:
       invoke cluster.up slurm
       invoke cluster.up slurm --authentication slurm --accounting
+      invoke cluster.up kubernetes
     """
     cli_nodes.cluster_up(platform, image=image, authentication=authentication, accounting=accounting)
 
@@ -519,7 +541,9 @@ def _cluster_status(_context: Context, json: bool = False) -> None:
 def _cluster_run(_context: Context, command: str, platform: str = "slurm") -> None:
     """Run a command on the cluster's controller.
 
-    Example: invoke cluster.run 'srun --nodes=2 hostname'
+    Examples:
+      invoke cluster.run 'srun --nodes=2 hostname'
+      invoke cluster.run 'kubectl get nodes' --platform kubernetes
     """
     cli_nodes.cluster_run(command, platform=platform)
 
@@ -650,16 +674,23 @@ verify = command(
 userdata = command(
     _userdata,
     name="userdata",
-    iterable=["controller", "feature", "ssh_key"],
+    iterable=["controller", "feature", "ssh_key", "ca_hash", "label", "taint"],
     help={
-        "platform": "the platform: slurm",
+        "platform": "the platform: slurm or kubernetes",
         "path": "how the node comes to be: bake",
         "node": "the node's name; by default the one that its cloud gives it",
         "controller": "HOST or HOST:PORT of slurmctld; may be repeated",
         "authentication": "munge, or slurm for Slurm's own auth/slurm",
         "feature": "a feature of the node; may be repeated",
         "hardware": "in place of what slurmd detects, such as 'CPUs=4 RealMemory=3800'",
-        "key-file": "the cluster's key, to stand in the user-data itself (the weaker way)",
+        "key-file": "the cluster's key, or a bootstrap token, to stand in the user-data itself (the weaker way)",
+        "api-server": "HOST or HOST:PORT of the Kubernetes API server",
+        "ca-hash": "hash of the cluster's CA (sha256:...), as kubeadm join commands have it; may be repeated",
+        "discovery-file": "in place of hashes: path of a kubeconfig that is on the node",
+        "label": "a label of the node, key=value; may be repeated",
+        "taint": "a taint of the node, key=value:NoSchedule; may be repeated",
+        "provider-id": "in place of openstack:///UUID from the metadata; none for none",
+        "cloud-provider": "external, where the cluster has a cloud controller manager",
         "broker": "address of the join broker, such as https://ctl.example.org:8444",
         "ca": "file with the certificate of the broker's authority",
         "token-file": "file with the token, or - for standard input",

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
-
 from bakehouse import waiting
-from bakehouse.errors import BakehouseError
 from bakehouse.slurm import NAME, Controller
 
 PORT = 6819
@@ -35,12 +31,6 @@ AccountingStoreFlags=job_comment
 """
 """Lines of slurm.conf in place of the one that says that there is none."""
 
-SOURCES = """\
-deb {archive} {release} main
-deb {archive} {release}-updates main
-deb {security} {release}-security main
-"""
-
 
 def install(controller: Controller, release: str, mirrors: tuple[str, str]) -> None:
     """Install slurmdbd and MariaDB into the controller's root, which is thrown away with it.
@@ -53,30 +43,7 @@ def install(controller: Controller, release: str, mirrors: tuple[str, str]) -> N
     Raises:
         BakehouseError: the mirrors do not serve them.
     """
-    archive, security = mirrors
-    controller.write("etc/apt/sources.list.d/debian.sources", "")
-    controller.write("etc/apt/sources.list", SOURCES.format(archive=archive, security=security, release=release))
-    # Nothing is started by being installed (Debian policy, invoke-rc.d).
-    controller.write("usr/sbin/policy-rc.d", "#!/bin/sh\nexit 101\n")
-    controller.path("usr/sbin/policy-rc.d").chmod(0o755)
-    network = controller.network
-    # With the host's network and names: the private network leads nowhere.
-    outside = ["nsenter", f"--target={network.pid}", "--mount", "--pid", "--", "chroot", str(controller.root)]
-    controller.write("run/systemd/resolve/stub-resolv.conf", Path("/etc/resolv.conf").read_text())
-    script = (
-        "apt-get update -qq && apt-get install -qq --yes --no-install-recommends "
-        "slurmdbd mariadb-server slurm-wlm-mysql-plugin"
-    )
-    done = subprocess.run(
-        [*outside, "sh", "-c", script],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
-        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive", "LANG": "C.UTF-8"},
-    )  # fmt: skip
-    if done.returncode != 0:
-        raise BakehouseError(
-            "slurmdbd and its database cannot be installed", hint="`invoke doctor` checks the mirrors",
-            log=(done.stdout + done.stderr)[-3000:],
-        )  # fmt: skip
+    controller.install(release, mirrors, "slurmdbd", "mariadb-server", "slurm-wlm-mysql-plugin")
     controller.replace_in_configuration("AccountingStorageType=accounting_storage/none\n", SLURM_CONF)
 
 

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
@@ -25,6 +26,7 @@ from bakehouse import token as tokens
 from bakehouse import verify as verification
 from bakehouse.cluster import Cluster
 from bakehouse.errors import BakehouseError
+from bakehouse.kubernetes_cluster import KubernetesCluster
 from bakehouse.machine import DataSource, Firmware
 from bakehouse.record import Record
 from bakehouse.run import Log
@@ -33,6 +35,25 @@ from bakehouse.slurm import Authentication
 from bakehouse.store import LocalStore
 from bakehouse.terminal import console, errors, open_site, parse_size, print_json
 from bakehouse.yamlfile import did_you_mean
+
+PLATFORMS = ("slurm", "kubernetes")
+"""What nodes can become members of."""
+
+CONTROLLERS = {"slurm": "A Slurm controller", "kubernetes": "A Kubernetes control plane"}
+NEXT = {
+    "slurm": (
+        "invoke boot slurm --join --name node-1       a node that joins it",
+        "invoke cluster.run 'sinfo'                   the cluster's own commands",
+        "invoke cluster.run 'srun hostname'",
+        "invoke cluster.down slurm                    ends all of it",
+    ),
+    "kubernetes": (
+        "invoke boot kubernetes --join --name node-1 --memory 2GiB --cpus 2             a node that joins it",
+        "invoke cluster.run 'kubectl get nodes' --platform kubernetes                   the cluster's own commands",
+        "invoke cluster.down kubernetes                                                 ends all of it",
+    ),
+}
+"""What to do with a cluster."""
 
 STDERR = 2
 """The file descriptor."""
@@ -105,8 +126,7 @@ def verified(
             raise BakehouseError(f"{record.tag} could not be verified", hint="what was said is above")
         return found
     suites = verification.Suites((verification.OWN_SUITES, *settings.image_tests))
-    probe = settings.cache / "kvm"
-    return verification.verify(record, store, probe, progress, firmware=firmware, suites=suites, verbose=verbose)
+    return verification.verify(record, store, settings, progress, firmware=firmware, suites=suites, verbose=verbose)
 
 
 def failure(record: Record, store: LocalStore) -> BakehouseError:
@@ -164,45 +184,88 @@ def show_timeline(tag: str, *, as_json: bool) -> None:
         timeline.show(console, shown)
 
 
-def render_userdata(
-    *,
-    platform: str,
-    path: str,
-    node: str,
-    controllers: list[str],
-    authentication: str,
-    features: list[str],
-    hardware: str,
-    key_file: str,
-    broker: str,
-    ca: str,
-    token_file: str,
-    ssh_keys: list[str],
-    output: str,
-) -> None:
-    """Print user-data, or write it to a file that only its owner can read."""
-    given = {"--broker": broker, "--ca": ca, "--token-file": token_file}
-    lacking = [flag for flag, value in given.items() if not value]
-    if 0 < len(lacking) < len(given):
-        raise BakehouseError(
-            f"{' and '.join(flag for flag, value in given.items() if value)} without {' and '.join(lacking)}",
-            hint="a node needs the broker's address, its authority's certificate, and a token",
-        )
-    from_broker = None
-    if broker:
-        from_broker = userdata.Broker(broker, _text_of("--token-file", token_file).strip(), _text_of("--ca", ca))
-    join = userdata.Join(
+@dataclass(frozen=True)
+class Shared:
+    """What user-data of all platforms is made of, as it was given."""
+
+    path: str
+    node: str
+    key_file: str
+    broker: str
+    ca: str
+    token_file: str
+    ssh_keys: list[str]
+
+    def from_broker(self) -> userdata.Broker | None:
+        """Return the broker, where one is given."""
+        given = {"--broker": self.broker, "--ca": self.ca, "--token-file": self.token_file}
+        lacking = [flag for flag, value in given.items() if not value]
+        if 0 < len(lacking) < len(given):
+            raise BakehouseError(
+                f"{' and '.join(flag for flag, value in given.items() if value)} without {' and '.join(lacking)}",
+                hint="a node needs the broker's address, its authority's certificate, and a token",
+            )
+        if lacking:
+            return None
+        token = _text_of("--token-file", self.token_file).strip()
+        return userdata.Broker(self.broker, token, _text_of("--ca", self.ca))
+
+    def public_keys(self) -> tuple[str, ...]:
+        """Return the SSH keys that may log in."""
+        lines = [line for name in self.ssh_keys for line in _text_of("--ssh-key", name).splitlines()]
+        return tuple(line for line in lines if line.strip())
+
+
+def slurm_join(
+    shared: Shared, *, platform: str, controllers: list[str], authentication: str, features: list[str], hardware: str
+) -> userdata.Join:
+    """Return how a Slurm node joins, as it was given."""
+    _one_of("--platform", platform, PLATFORMS)
+    return userdata.Join(
         tuple(controllers),
-        platform=platform,
-        path=path,
+        path=shared.path,
         authentication=authentication,
-        node=node,
+        node=shared.node,
         features=tuple(features),
         hardware=userdata.read_hardware(hardware),
-        key=_bytes_of("--key-file", key_file) if key_file else None,
-        broker=from_broker,
-        ssh_keys=tuple(line for name in ssh_keys for line in _text_of("--ssh-key", name).splitlines() if line.strip()),
+        key=_bytes_of("--key-file", shared.key_file) if shared.key_file else None,
+        broker=shared.from_broker(),
+        ssh_keys=shared.public_keys(),
     )
+
+
+def kubernetes_join(
+    shared: Shared,
+    *,
+    api_server: str,
+    ca_hashes: list[str],
+    discovery_file: str,
+    labels: list[str],
+    taints: list[str],
+    provider_id: str,
+    cloud_provider: str,
+) -> userdata.KubernetesJoin:
+    """Return how a Kubernetes node joins, as it was given."""
+    if not api_server:
+        raise BakehouseError("no API server is given", hint="say where it listens: --api-server HOST[:PORT]")
+    return userdata.KubernetesJoin(
+        api_server,
+        ca_hashes=tuple(ca_hashes),
+        discovery_file=discovery_file,
+        path=shared.path,
+        node=shared.node,
+        labels=tuple(labels),
+        taints=tuple(taints),
+        provider_id=provider_id,
+        cloud_provider=cloud_provider,
+        bootstrap_token=_text_of("--key-file", shared.key_file).strip() if shared.key_file else "",
+        broker=shared.from_broker(),
+        ssh_keys=shared.public_keys(),
+    )
+
+
+def render_userdata(join: userdata.Join | userdata.KubernetesJoin, output: str) -> None:
+    """Print user-data, or write it to a file that only its owner can read."""
     text = userdata.render(join)
     if not output:
         print(text, end="")
@@ -227,10 +290,10 @@ def _bytes_of(flag: str, name: str) -> bytes:
 def join_token(*, platform: str, node: str, lifetime: str) -> None:
     """Make a token and print it, alone: of the demo cluster's broker where one runs, else of this host's."""
     settings, _, _ = open_site()
-    _one_of("--platform", platform, ("slurm",))
+    _one_of("--platform", platform, PLATFORMS)
     if _is_demo(platform, settings):
         with _demo(platform, settings) as cluster:
-            print(cluster.broker.offer(node, lifetime=lifetime).token)
+            print(cluster.broker.offer(node, platform=platform, lifetime=lifetime).token)
         return
     seconds = tokens.lifetime_seconds(lifetime)
     print(tokens.create(_state(settings), platform=platform, node=node, lifetime_seconds=seconds))
@@ -261,9 +324,11 @@ def _state(settings: Settings) -> Path:
 def join_tokens(*, as_json: bool) -> None:
     """List the tokens of this host's broker, or of the demo cluster's where one runs."""
     settings, _, _ = open_site()
-    if _is_demo("slurm", settings) and not as_json:
-        with _demo("slurm", settings) as cluster:
-            print(cluster.broker.command("tokens"), end="")
+    running = [platform for platform in PLATFORMS if _is_demo(platform, settings)]
+    if running and not as_json:
+        for platform in running:
+            with _demo(platform, settings) as cluster:
+                print(cluster.broker.command("tokens"), end="")
         return
     found = tokens.listing(_state(settings))
     if as_json:
@@ -282,8 +347,9 @@ def join_tokens(*, as_json: bool) -> None:
 def join_revoke(which: str) -> None:
     """Make tokens void, of this host's broker or of the demo cluster's where one runs."""
     settings, _, _ = open_site()
-    if _is_demo("slurm", settings):
-        with _demo("slurm", settings) as cluster:
+    running = [platform for platform in PLATFORMS if _is_demo(platform, settings)]
+    if running:
+        with _demo(running[0], settings) as cluster:
             print(cluster.broker.command("revoke", which), end="")
         return
     for token in tokens.revoke(_state(settings), which):
@@ -293,20 +359,20 @@ def join_revoke(which: str) -> None:
 def cluster_up(platform: str, *, image: str, authentication: str, accounting: bool) -> None:
     """Make a cluster that runs on."""
     settings, store, _ = open_site()
-    _one_of("cluster.up", platform, ("slurm",))
+    _one_of("cluster.up", platform, PLATFORMS)
     chosen = cast(Authentication, _one_of("--authentication", authentication, get_args(Authentication)))
     found = store.get(image or platform)
+    if found.platform != platform:
+        raise BakehouseError(f"{found.tag} is a {found.platform} image", hint=f"`invoke cluster.up {found.platform}`")
     verification.needed(found)
     _as_root(settings)
     with console.status("starting the controller"):
-        made = demo.up(found, store.image(found), chosen, settings.mirrors() if accounting else None)
-    console.print(f"[green]A Slurm controller of {made.tag} runs[/] (process {made.keeper}).", highlight=False)
-    for line in (
-        "invoke boot slurm --join --name node-1       a node that joins it",
-        "invoke cluster.run 'sinfo'                   the cluster's own commands",
-        "invoke cluster.run 'srun hostname'",
-        "invoke cluster.down slurm                    ends all of it",
-    ):
+        if platform == "kubernetes":
+            made = demo.up_kubernetes(found, store.image(found), settings)
+        else:
+            made = demo.up(found, store.image(found), chosen, settings.mirrors() if accounting else None)
+    console.print(f"[green]{CONTROLLERS[platform]} of {made.tag} runs[/] (process {made.keeper}).", highlight=False)
+    for line in NEXT[platform]:
         console.print(f"  {line}", highlight=False)
 
 
@@ -322,7 +388,7 @@ def cluster_down(platform: str) -> None:
 def cluster_status(*, as_json: bool) -> None:
     """Show the clusters that run."""
     settings, _, _ = open_site()
-    found = [made for platform in ("slurm",) if (made := demo.find(platform))]
+    found = [made for platform in PLATFORMS if (made := demo.find(platform))]
     if as_json:
         print_json([dataclasses.asdict(made) for made in found])
         return
@@ -354,7 +420,7 @@ def cluster_run(command: str, *, platform: str) -> None:
 
 
 @contextlib.contextmanager
-def _demo(platform: str, settings: Settings) -> Iterator[Cluster]:
+def _demo(platform: str, settings: Settings) -> Iterator[Cluster | KubernetesCluster]:
     """Give the demo cluster that runs here, as root."""
     running = demo.get(platform)
     _as_root(settings)
@@ -415,7 +481,7 @@ def boot(
         place = None
         if join:
             cluster = stack.enter_context(_demo(found.platform, settings))
-            place, data = cluster.network, userdata.render(cluster.join(name or found.name))
+            place, data = cluster.network, cluster.user_data(name or found.name)
         elif source == "metadata":
             _as_root(settings)
             place = stack.enter_context(network.up(stack.enter_context(_log())))

@@ -7,7 +7,7 @@ import ipaddress
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,10 @@ class Cluster:
             broker=None if inline else self.broker.offer(node),
         )
 
+    def user_data(self, node: str) -> str:
+        """Return user-data with which a node joins."""
+        return userdata.render(self.join(node))
+
 
 @contextmanager
 def up(image: Path, log: Log, *, authentication: Authentication = "munge", cgroups: bool = True) -> Iterator[Cluster]:
@@ -70,7 +74,7 @@ def up(image: Path, log: Log, *, authentication: Authentication = "munge", cgrou
         controller = Controller(place, authentication)
         controller.prepare(place.mount_image(image), cgroups=cgroups)
         broker = Broker(place)
-        broker.prepare(controller)
+        broker.prepare({"slurm": {"authentication": authentication, "key_file": str(controller.key_file)}})
         place.path(NOTE).write_text(json.dumps({"authentication": authentication}))
         broker.start()
         yield Cluster(place, controller, broker)
@@ -108,8 +112,12 @@ class Broker:
         """The certificate of its authority, PEM."""
         return self.network.path(BROKER_FOLDER / "ca.crt").read_text()
 
-    def prepare(self, controller: Controller) -> None:
-        """Make its configuration and certificates."""
+    def prepare(self, platforms: Mapping[str, object]) -> None:
+        """Make its configuration and certificates.
+
+        Args:
+            platforms: what it hands out, as ``platforms`` in its configuration.
+        """
         folder = self.network.path(BROKER_FOLDER)
         folder.mkdir(mode=0o700)
         authority = Authority()
@@ -118,13 +126,12 @@ class Broker:
         (folder / "broker.crt").write_text(certificate)
         (folder / "broker.key").touch(mode=0o600)
         (folder / "broker.key").write_text(key)
-        handed_out = {"authentication": controller.authentication, "key_file": str(controller.key_file)}
         config = {
             "listen": f"{GATEWAY}:{BROKER_PORT}",
             "certificate": str(BROKER_FOLDER / "broker.crt"),
             "private_key": str(BROKER_FOLDER / "broker.key"),
             "state": str(self.state),
-            "platforms": {"slurm": handed_out},
+            "platforms": dict(platforms),
         }
         self.network.path(self.config).write_text(yaml.safe_dump(config))
 
@@ -156,17 +163,18 @@ class Broker:
         self.network.run(["pkill", "-TERM", "-f", "bakehouse_broker.py serve"])
         self._process.wait(10)
 
-    def offer(self, node: str, *, lifetime: str = "1h") -> userdata.Broker:
+    def offer(self, node: str, *, platform: str = "slurm", lifetime: str = "1h") -> userdata.Broker:
         """Make a token for a node. Return what the node needs to know.
 
         Args:
             node: its name.
+            platform: what it becomes.
             lifetime: of the token, such as 30m.
 
         Raises:
             BakehouseError: the broker does not make one.
         """
-        made = self.command("token", "--platform", "slurm", "--node", node, "--lifetime", lifetime)
+        made = self.command("token", "--platform", platform, "--node", node, "--lifetime", lifetime)
         return userdata.Broker(self.url, made.strip(), self.ca)
 
     def command(self, *words: str) -> str:

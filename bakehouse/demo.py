@@ -16,12 +16,15 @@ from pathlib import Path
 
 from platformdirs import user_state_path
 
-from bakehouse import REPOSITORY, accounting, cluster, process, waiting
+from bakehouse import REPOSITORY, accounting, cluster, kubernetes, kubernetes_cluster, process, waiting
+from bakehouse import record as records
 from bakehouse.cache import write_atomically
 from bakehouse.cluster import Cluster
 from bakehouse.errors import BakehouseError
-from bakehouse.record import Record
+from bakehouse.kubernetes_cluster import KubernetesCluster
+from bakehouse.record import FILE_NAME, Record
 from bakehouse.run import Log, ending_on_sigterm
+from bakehouse.settings import Settings
 from bakehouse.slurm import Authentication
 
 UP_SECONDS = 300
@@ -50,8 +53,10 @@ class Demo:
         """Whether it is still there."""
         return process.started(self.keeper) == self.keeper_started
 
-    def attach(self, log: Log) -> Cluster:
+    def attach(self, log: Log) -> Cluster | KubernetesCluster:
         """Return it, to work with."""
+        if self.platform == kubernetes_cluster.PLATFORM:
+            return kubernetes_cluster.attach(self.network, log)
         return cluster.attach(self.network, log)
 
 
@@ -99,6 +104,25 @@ def up(record: Record, image: Path, authentication: Authentication, mirrors: tup
     Raises:
         BakehouseError: there is one already, or it does not come up.
     """
+    return _up(record, image, authentication, ["--accounting", record.release, *mirrors] if mirrors else [])
+
+
+def up_kubernetes(record: Record, image: Path, settings: Settings) -> Demo:
+    """Make a Kubernetes cluster and leave it running.
+
+    Args:
+        record: the image.
+        image: its file.
+        settings: say where the control plane's programs come from.
+
+    Raises:
+        BakehouseError: there is one already, it cannot be had, or it does not come up.
+    """
+    kubernetes.binaries(kubernetes.version_of(record), settings)
+    return _up(record, image, "certificates", ["--kubernetes", str(settings.cache), *settings.mirrors()])
+
+
+def _up(record: Record, image: Path, authentication: str, more: list[str]) -> Demo:
     there = find(record.platform)
     if there:
         raise BakehouseError(
@@ -108,8 +132,7 @@ def up(record: Record, image: Path, authentication: Authentication, mirrors: tup
     log = folder() / f"{record.platform}.log"
     log.unlink(missing_ok=True)
     command: list[str | Path] = [
-        sys.executable, "-m", "bakehouse.demo", record.platform, record.tag, image, authentication, log,
-        *(["--accounting", record.release, *mirrors] if mirrors else []),
+        sys.executable, "-m", "bakehouse.demo", record.platform, record.tag, image, authentication, log, *more,
     ]  # fmt: skip
     said = folder() / f"{record.platform}.err"
     with said.open("wb") as errors:
@@ -152,22 +175,37 @@ def keep(
     platform: str, tag: str, image: Path, authentication: Authentication, log: Log, release: str, *mirrors: str
 ) -> None:
     """Keep a cluster until SIGTERM comes. The rest is as for up()."""
-    note = folder() / f"{platform}.json"
     with cluster.up(image, log, authentication=authentication) as made:
         if mirrors:
             accounting.install(made.controller, release, (mirrors[0], mirrors[1]))
             made.controller.start_munge()
             accounting.start(made.controller)
         made.controller.start()
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        pid = os.getpid()
-        found = Demo(platform, tag, authentication, pid, process.started(pid), made.network.pid, now)
-        write_atomically(note, json.dumps(asdict(found)))
-        try:
-            while True:
-                time.sleep(3600)
-        finally:
-            note.unlink(missing_ok=True)
+        _stay(platform, tag, authentication, made.network.pid)
+
+
+def keep_kubernetes(image: Path, log: Log, cache: Path, *mirrors: str) -> None:
+    """Keep a Kubernetes cluster until SIGTERM comes. The rest is as for up_kubernetes()."""
+    record = records.read(image.parent / FILE_NAME)
+    programs = kubernetes.kept_binaries(kubernetes.version_of(record), cache)
+    with kubernetes_cluster.up(record, image, programs, (mirrors[0], mirrors[1]), cache, log) as made:
+        made.controller.start()
+        made.controller.add_ons()
+        _stay(record.platform, record.tag, "certificates", made.network.pid)
+
+
+def _stay(platform: str, tag: str, authentication: str, network: int) -> None:
+    """Note that the cluster is there, and wait."""
+    note = folder() / f"{platform}.json"
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    pid = os.getpid()
+    found = Demo(platform, tag, authentication, pid, process.started(pid), network, now)
+    write_atomically(note, json.dumps(asdict(found)))
+    try:
+        while True:
+            time.sleep(3600)
+    finally:
+        note.unlink(missing_ok=True)
 
 
 def main() -> int:
@@ -176,13 +214,18 @@ def main() -> int:
     parser.add_argument("platform")
     parser.add_argument("tag")
     parser.add_argument("image", type=Path)
-    parser.add_argument("authentication", choices=["munge", "slurm"])
+    parser.add_argument("authentication")
     parser.add_argument("log", type=Path)
     parser.add_argument("--accounting", nargs=3, metavar=("RELEASE", "MIRROR", "SECURITY_MIRROR"), default=[""])
+    parser.add_argument("--kubernetes", nargs=3, metavar=("CACHE", "MIRROR", "SECURITY_MIRROR"))
     given = parser.parse_args()
     try:
         with ending_on_sigterm(), Log(given.log) as log:
-            keep(given.platform, given.tag, given.image, given.authentication, log, *given.accounting)
+            if given.kubernetes:
+                cache, *mirrors = given.kubernetes
+                keep_kubernetes(given.image, log, Path(cache), *mirrors)
+            else:
+                keep(given.platform, given.tag, given.image, given.authentication, log, *given.accounting)
     except BakehouseError as error:
         print(error.log, error, sep="\n", file=sys.stderr)  # noqa: T201 - up() shows it
         return 1

@@ -65,6 +65,7 @@ TOOLS = (
     Tool("fstrim", "util-linux", "diskimage-builder asks for it"),
     Tool("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring", "checking packages"),
     Tool("/etc/ssl/certs/ca-certificates.crt", "ca-certificates", "mirrors by https"),
+    Tool("gpg", "gpg", "checking the key of Kubernetes' packages"),
     Tool("git", "git", "the commit in an image's record"),
 )
 

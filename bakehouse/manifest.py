@@ -104,6 +104,34 @@ class Disk(BaseModel):
     )
 
 
+def _version(value: str) -> str:
+    if not re.fullmatch(r"[0-9]+\.[0-9]+\.[0-9]+", value):
+        raise ValueError("must be a version such as '1.35.5', in quotes")
+    return value
+
+
+def _container_image(value: str) -> str:
+    # A short name, or registry/repository with a tag, a digest or both (the OCI distribution specification, "Pulling").
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*|[\w.:-]+(/[\w.-]+)+(:[\w.-]+)?(@sha256:[0-9a-f]{64})?", value):
+        raise ValueError("is neither a name of kubeadm's such as kube-proxy nor an image such as docker.io/a/b:v1")
+    return value
+
+
+class Kubernetes(BaseModel):
+    """Kubernetes in the image."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Annotated[str, AfterValidator(_version)] = Field(
+        description="The one version of kubelet, kubeadm and kubectl, such as '1.35.5'."
+    )
+    images: list[Annotated[str, AfterValidator(_container_image)]] = Field(
+        default=["pause", "kube-proxy", "coredns"],
+        description="Container images that are loaded at bake time, so that nodes need not pull them: names that "
+        "`kubeadm config images list` has, or whole names such as docker.io/flannel/flannel:v0.27.4.",
+    )
+
+
 class Manifest(BaseModel):
     """One image: what it is."""
 
@@ -141,6 +169,9 @@ class Manifest(BaseModel):
     )
     environment: dict[Annotated[str, AfterValidator(_variable)], str] = Field(
         default={}, description="Variables that elements read (DIB_...)."
+    )
+    kubernetes: Kubernetes | None = Field(
+        default=None, description="Kubernetes in the image; the platform kubernetes needs it."
     )
     disk: Disk = Field(default=Disk(), description="The disk of the image.")
     image_properties: dict[str, Property] = Field(
@@ -243,6 +274,11 @@ def resolve(name: str, places: list[Path], overrides: dict[str, Any] | None = No
         raise BakehouseError(
             f"{known[name]}:1: neither {name} nor what it extends sets 'release'",
             hint=f"add 'release: {next(iter(RELEASES))}'",
+        )
+    if manifest.platform == "kubernetes" and manifest.kubernetes is None:
+        raise BakehouseError(
+            f"{merged.where(('platform',))}: a kubernetes image needs 'kubernetes' with a version",
+            hint="extend the manifest 'kubernetes', or add 'kubernetes: {version: \"1.35.5\"}'",
         )
     return Resolved(
         name=name,

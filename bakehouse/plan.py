@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from bakehouse import elements, host, manifest
+from bakehouse import elements, host, kubernetes, manifest
 from bakehouse.cache import BaseCache, BaseRoot
 from bakehouse.elements import Element, Package
 from bakehouse.errors import BakehouseError
@@ -146,6 +146,7 @@ def _plan(resolved: Resolved, settings: Settings) -> Plan:
         "DIB_DEBIAN_COMPONENTS": ",".join(image.components),
         "DIB_NODE_MIRROR": settings.node_mirror,
         "DIB_NODE_SECURITY_MIRROR": settings.node_security_mirror,
+        **kubernetes.environment(image, settings),
         **image.environment,
     }
     for number, name in enumerate(image.elements):
@@ -166,6 +167,7 @@ def _plan(resolved: Resolved, settings: Settings) -> Plan:
     fields = image.model_dump(mode="json", exclude={"extends", "description", "image_properties"})
     inputs |= {f"manifest {key}": _plain(value) for key, value in fields.items()}
     inputs |= {f"variable {key}": value for key, value in environment.items()}
+    inputs |= kubernetes.inputs(image, settings)
     inputs |= {f"package {p.name}": p.element for p in packages}
     inputs |= {f"element {e.name}": "diskimage-builder" for e in expanded if e.built_in}
     for element in [*expanded, *elements.expand((OPERATING_SYSTEM, HAND_OVER), path)]:

@@ -31,8 +31,15 @@ def _url(value: str) -> str:
 
 def _url_of_nodes(value: str) -> str:
     if "@" in urlsplit(value).netloc:
-        raise ValueError("must not hold a password: it would be in every image")
+        raise ValueError("must not hold a password: it would be in every image or its record")
     return _url(value)
+
+
+def _fingerprint(value: str) -> str:
+    plain = value.replace(" ", "").upper()
+    if not re.fullmatch(r"[0-9A-F]{40}", plain):
+        raise ValueError("must be the 40 digits of a key's fingerprint (gpg --show-keys Release.key)")
+    return plain
 
 
 def _template(value: str) -> str:
@@ -42,7 +49,15 @@ def _template(value: str) -> str:
         raise ValueError("must be an address in which {archive} and {snapshot} are replaced") from error
 
 
+def _packages(value: str) -> str:
+    """Take an address as it is, and a folder as an absolute path."""
+    if "://" in value:
+        return _url_of_nodes(value).removeprefix("file://")
+    return str(Path(value).expanduser().absolute())
+
+
 Url = Annotated[str, AfterValidator(_url)]
+Packages = Annotated[str, AfterValidator(_packages)]
 NodeUrl = Annotated[str, AfterValidator(_url_of_nodes)]
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
@@ -88,6 +103,25 @@ class Settings(BaseModel):
     )
     node_security_mirror: NodeUrl = Field(
         default="http://deb.debian.org/debian-security", description="The security mirror that nodes are left with."
+    )
+    kubernetes_packages: Packages = Field(
+        default="https://pkgs.k8s.io/core:/stable:",
+        description="Where kubelet, kubeadm and kubectl come from: upstream's repository, a mirror of the same layout "
+        "(vMINOR/deb/ below it), or a folder of .deb files.",
+    )
+    kubernetes_key: Annotated[str, AfterValidator(_fingerprint)] = Field(
+        default="DE15B14486CD377B9E876E1A234654DA9A296436",
+        description="Fingerprint of the key that they are signed with; upstream's by default. A folder has none.",
+    )
+    kubernetes_images: Folder | None = Field(
+        default=None,
+        description="A folder of container image archives (*.tar) that are loaded into Kubernetes images; only what is "
+        "not there is pulled from registries.",
+    )
+    kubernetes_binaries: Packages = Field(
+        default="https://dl.k8s.io/release",
+        description="Where the control plane of `verify` and `cluster.up` comes from: an address or a folder with "
+        "vVERSION/bin/linux/amd64/ below it.",
     )
     build_in_memory: Literal["auto", "never"] = Field(
         default="auto",
@@ -159,7 +193,8 @@ def load(environment: Mapping[str, str] = os.environ, start: Path | None = None)
     return yamlfile.check(Settings, _Given(document.path, data, document.lines, frozenset(given)))
 
 
-_FOLDERS = {"store", "cache", "broker", "signing_key"}
+_FOLDERS = {"store", "cache", "broker", "signing_key", "kubernetes_images"}
+_ADDRESSES_OR_FOLDERS = {"kubernetes_packages", "kubernetes_binaries"}
 _LISTS = {"manifests", "elements", "image_tests", "trusted_keys"}
 _MAPPINGS = {"image_properties"}
 
@@ -193,7 +228,7 @@ class _Given(yamlfile.Document):
 
 def _absolute(name: str, value: Any, folder: Path) -> Any:
     """Make relative paths begin at a folder: that of the file, or the current one for variables."""
-    if name in _FOLDERS and isinstance(value, str):
+    if isinstance(value, str) and (name in _FOLDERS or (name in _ADDRESSES_OR_FOLDERS and "://" not in value)):
         return str(folder / Path(value).expanduser())
     if name in _LISTS and isinstance(value, list):
         return [str(folder / Path(str(item)).expanduser()) for item in value]

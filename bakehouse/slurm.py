@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from bakehouse import waiting
+from bakehouse.chroot import Chroot
 from bakehouse.errors import BakehouseError
-from bakehouse.network import FOLDER, GATEWAY, INSIDE, Network
+from bakehouse.network import GATEWAY, Network
 
 Authentication = Literal["munge", "slurm"]
 
@@ -19,8 +17,6 @@ NAME = "controller"
 PORT = 6817
 KEY_BYTES = 1024
 """As munge's mungekey(8) makes them at the most, and what Slurm's documentation of auth/slurm shows."""
-
-START_SECONDS = 60
 
 SLURM_CONF = """\
 ClusterName=bakehouse
@@ -62,8 +58,8 @@ CGROUP_CONF = "CgroupPlugin=autodetect\nConstrainCores=yes\nConstrainRAMSpace=ye
 """For nodes that are machines. Containers of a host with both versions of cgroups cannot limit jobs."""
 
 
-class Controller:
-    """slurmctld and munged in a chroot of an image's root. They end with the network at the latest.
+class Controller(Chroot):
+    """slurmctld and munged in a copy of an image's root.
 
     Args:
         network: where it is; it has the network's gateway's address.
@@ -71,11 +67,9 @@ class Controller:
     """
 
     def __init__(self, network: Network, authentication: Authentication) -> None:
-        self.network = network
+        super().__init__(network, NAME)
         self.authentication = authentication
         self.address = f"{GATEWAY}:{PORT}"
-        self.root = FOLDER / "copies" / NAME / "root"
-        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
     def key_file(self) -> Path:
@@ -87,10 +81,6 @@ class Controller:
         """The cluster's key."""
         return self.network.path(self.key_file).read_bytes()
 
-    def path(self, inside: str) -> Path:
-        """Return how the host reaches a file of the controller."""
-        return self.network.path(self.root / inside.lstrip("/"))
-
     def prepare(self, image_root: Path, *, cgroups: bool = True) -> None:
         """Make its root and configuration, and a key.
 
@@ -101,19 +91,12 @@ class Controller:
         Raises:
             BakehouseError: the image has no slurmctld.
         """
-        self.network.writable_copy(image_root, NAME)
+        self.make(image_root)
         if self.run("test", "-x", "/usr/sbin/slurmctld").returncode != 0:
             raise BakehouseError(
                 "this image has no slurmctld to test with",
                 hint="the element slurm-node installs it, not enabled: bake the image anew",
             )
-        mounts: list[list[str | Path]] = [
-            ["mount", "-t", "proc", "proc", self.root / "proc"],
-            ["mount", "--bind", "/dev", self.root / "dev"],
-            ["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", self.root / "run"],
-        ]
-        for command in mounts:
-            self.network.run(command)
         text = SLURM_CONF.format(
             name=NAME, address=GATEWAY, port=PORT, authentication=AUTHENTICATION[self.authentication],
             tasks=LIMITED if cgroups else UNLIMITED,
@@ -133,33 +116,6 @@ class Controller:
             install -d -m 700 -o munge -g munge /var/lib/munge
         """, check=True)  # fmt: skip
 
-    def write(self, inside: str, text: str) -> None:
-        """Write a file of the controller."""
-        self.path(inside).parent.mkdir(parents=True, exist_ok=True)
-        self.path(inside).write_text(text, encoding="utf-8")
-
-    def run(self, *command: str, check: bool = False, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """Run a command on the controller.
-
-        Args:
-            command: the program and its arguments, such as ``srun hostname``.
-            check: a failure is an error.
-            timeout: seconds.
-
-        Raises:
-            BakehouseError: it failed and that is an error.
-        """
-        done = subprocess.run(
-            [*self.network.everything, "chroot", str(self.root), *command],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
-            env=INSIDE,
-        )  # fmt: skip
-        if check and done.returncode != 0:
-            raise BakehouseError(
-                f"{command[0]} on the controller ended with status {done.returncode}", log=done.stdout + done.stderr
-            )
-        return done
-
     def replace_in_configuration(self, before: str, after: str) -> None:
         """Change slurm.conf, which nodes get too."""
         text = self.path("etc/slurm/slurm.conf").read_text()
@@ -172,10 +128,10 @@ class Controller:
         Raises:
             BakehouseError: it does not come up.
         """
-        if self.authentication == "munge" and "munged" not in self._daemons:
+        if self.authentication == "munge" and not self.has_daemon("munged"):
             become = ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "--"]
             self.daemon("munged", [*become, "/usr/sbin/munged", "--foreground"])
-            self._wait("munged", lambda: self.path("run/munge/munge.socket.2").exists())
+            self.wait_for("munged", lambda: self.path("run/munge/munge.socket.2").exists())
 
     def start(self) -> None:
         """Start munged, if it is used, and slurmctld; wait until it answers.
@@ -187,37 +143,15 @@ class Controller:
         # slurmctld compares the host's name with slurm.conf.
         script = f"hostname {NAME}; exec /usr/sbin/slurmctld -D"
         self.daemon("slurmctld", ["unshare", "--uts", "sh", "-c", script])
-        self._wait("slurmctld", lambda: " is UP" in self.run("scontrol", "ping").stdout)
-
-    def daemon(self, name: str, command: list[str]) -> None:
-        """Start a daemon in the controller's root. What it says is in log()."""
-        self._daemons[name] = self.network.start(["chroot", self.root, *command], FOLDER / f"{name}.log")
-
-    def must_run(self, name: str) -> None:
-        """Raise where a daemon has ended.
-
-        Raises:
-            BakehouseError: it has.
-        """
-        if self._daemons[name].poll() is not None:
-            raise BakehouseError(f"{name} ended", log=self.log(name)[-3000:])
-
-    def _wait(self, name: str, fact: Callable[[], bool]) -> None:
-        waiting.until(
-            f"answer from {name}", fact, START_SECONDS, poll=0.1,
-            check=lambda: self.must_run(name), last_words=lambda: self.log(name)[-3000:],
-        )  # fmt: skip
+        self.wait_for("slurmctld", lambda: " is UP" in self.run("scontrol", "ping").stdout)
 
     def stop(self) -> None:
         """Stop slurmctld, as a crash would: nodes lose it. munged goes on."""
-        process = self._daemons.pop("slurmctld", None)
-        if process:
-            self.network.run(["pkill", "-KILL", "-x", "slurmctld"])
-            process.wait(10)
+        self.kill("slurmctld")
 
     def log(self, name: str = "slurmctld") -> str:
         """Return what a daemon said: slurmctld or munged."""
-        return self.network.log_of(name)
+        return super().log(name)
 
     def node(self, name: str) -> dict[str, str]:
         """Return what the controller knows of a node, by field; empty where there is none."""

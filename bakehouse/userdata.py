@@ -40,6 +40,10 @@ LONGEST_HOST = 253
 HIGHEST_PORT = 65535
 FEATURE = r"[A-Za-z0-9][A-Za-z0-9_.:/+-]{0,63}"
 GRES = r"[A-Za-z0-9_]+(?::[A-Za-z0-9_.-]+){0,3}(?:,[A-Za-z0-9_]+(?::[A-Za-z0-9_.-]+){0,3})*"
+PREFIXED = r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?/)?[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+LABEL_VALUE = r"(?:[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?"
+"""Keys and values of labels (kubernetes.io, Labels and Selectors, "Syntax and character set")."""
+EFFECTS = "NoSchedule|PreferNoSchedule|NoExecute"
 MOST_CONTROLLERS = 8
 MOST_FEATURES = 64
 HIGHEST_NUMBER = 2**31
@@ -81,7 +85,6 @@ class Join:
 
     controllers: tuple[str, ...]
     """Where slurmctld listens: HOST, HOST:PORT, [IPv6] or [IPv6]:PORT."""
-    platform: str = "slurm"
     path: str = "bake"
     authentication: str = "munge"
     """munge, or slurm for Slurm's own auth/slurm."""
@@ -96,18 +99,16 @@ class Join:
     ssh_keys: tuple[str, ...] = ()
     """Public keys that may log in as the image's default user."""
 
+    @property
+    def platform(self) -> str:
+        """What the node becomes."""
+        return "slurm"
+
     def __post_init__(self) -> None:
-        if self.platform != "slurm":
-            raise BakehouseError(f"user-data for the platform {self.platform!r} comes later", hint="there is: slurm")
-        if self.path != "bake":
-            raise BakehouseError(f"user-data for the path {self.path!r} comes later", hint="there is: bake")
+        _check_path(self.path)
         if self.authentication not in KEY_NAMES:
             raise BakehouseError(f"{self.authentication!r} is no way to authenticate", hint="munge or slurm")
-        if self.node and not re.fullmatch(LABEL, self.node):
-            raise BakehouseError(
-                f"{self.node!r} cannot be a node's name",
-                hint="letters, digits and hyphens, 63 at most, and no domain",
-            )
+        _check_node(self.node)
         self._check_slurm()
         self._check_secret()
         for key in self.ssh_keys:
@@ -152,7 +153,74 @@ class Join:
         return "any node; each takes its name from the cloud"
 
 
-def render(join: Join) -> str:
+@dataclass(frozen=True)
+class KubernetesJoin:
+    """How a node joins a Kubernetes cluster.
+
+    Raises:
+        BakehouseError: a value is not of its form.
+    """
+
+    api_server: str
+    """HOST, HOST:PORT, [IPv6] or [IPv6]:PORT; its port is 6443 by default."""
+    ca_hashes: tuple[str, ...] = ()
+    """Of the public key of the cluster's CA: ``sha256:`` and 64 digits, as in kubeadm's join commands."""
+    discovery_file: str = ""
+    """In place of the hashes: the path of a kubeconfig on the node that holds the cluster's CA."""
+    path: str = "bake"
+    node: str = ""
+    """The node's name in the cluster. Without one it takes the instance's."""
+    labels: tuple[str, ...] = ()
+    taints: tuple[str, ...] = ()
+    provider_id: str = ""
+    """In place of what the node finds out from OpenStack's metadata; ``none`` for none."""
+    cloud_provider: str = ""
+    """``external`` where the cluster runs a cloud controller manager."""
+    bootstrap_token: str = field(default="", repr=False)
+    broker: Broker | None = None
+    """Where a fresh bootstrap token is to be had; with both it is taken where the first has expired."""
+    ssh_keys: tuple[str, ...] = ()
+    """Public keys that may log in as the image's default user."""
+
+    @property
+    def platform(self) -> str:
+        """What the node becomes."""
+        return "kubernetes"
+
+    def __post_init__(self) -> None:
+        _check_path(self.path)
+        _check_node(self.node)
+        _check_controller(self.api_server, "API server", 6443)
+        if not self.ca_hashes and not self.discovery_file:
+            raise BakehouseError(
+                "neither a hash of the cluster's CA nor a discovery file is given: anybody could be the API server",
+                hint="`kubeadm token create --print-join-command` on the control plane shows --ca-hash",
+            )
+        for text, form, what in (
+            *((one, r"sha256:[0-9a-f]{64}", "hash of a CA") for one in self.ca_hashes),
+            *((one, rf"{PREFIXED}={LABEL_VALUE}", "label") for one in self.labels),
+            *((one, rf"{PREFIXED}(?:={LABEL_VALUE})?:(?:{EFFECTS})", "taint") for one in self.taints),
+            (self.discovery_file, r"(/[ -~]{1,255})?", "discovery file"),
+            (self.provider_id, r"([a-z][a-z0-9]*://[!-~]{1,200}|none)?", "provider id"),
+            (self.cloud_provider, r"(external)?", "cloud provider"),
+        ):
+            if not re.fullmatch(form, text):
+                raise BakehouseError(f"{text!r} is no {what}", hint="`invoke --help userdata` shows one of each")
+        if self.bootstrap_token and not re.fullmatch(r"[a-z0-9]{6}\.[a-z0-9]{16}", self.bootstrap_token):
+            raise BakehouseError(
+                "the bootstrap token is not of its form: 6 and 16 letters and digits with a dot between",
+                hint="make one with: kubeadm token create",
+            )
+        for key in self.ssh_keys:
+            _check_ssh_key(key)
+
+    @property
+    def audience(self) -> str:
+        """Who this is for."""
+        return f"the node {self.node} only" if self.node else "any node; each takes its name from the cloud"
+
+
+def render(join: Join | KubernetesJoin) -> str:
     """Return the cloud-config that makes a node join.
 
     Raises:
@@ -168,7 +236,8 @@ def render(join: Join) -> str:
     )
     environment.filters["quoted"] = quoted
     template = environment.get_template(f"{join.platform}.yaml.j2")
-    text = template.render(join=join, audience=join.audience, key_name=KEY_NAMES[join.authentication])
+    key_name = KEY_NAMES[join.authentication] if isinstance(join, Join) else ""
+    text = template.render(join=join, audience=join.audience, key_name=key_name)
     size = len(text.encode())
     if size >= LIMIT:
         raise BakehouseError(
@@ -253,21 +322,29 @@ def schema_check(prefix: Sequence[str], text: str, timeout: float = 300) -> None
         raise BakehouseError("cloud-init does not take the user-data", log=said[-2000:])
 
 
-def _check_controller(text: str) -> None:
+def _check_path(path: str) -> None:
+    if path != "bake":
+        raise BakehouseError(f"user-data for the path {path!r} comes later", hint="there is: bake")
+
+
+def _check_node(name: str) -> None:
+    if name and not re.fullmatch(LABEL, name):
+        raise BakehouseError(
+            f"{name!r} cannot be a node's name", hint="letters, digits and hyphens, 63 at most, and no domain"
+        )
+
+
+def _check_controller(text: str, what: str = "controller", port: int = 6817) -> None:
     match = re.fullmatch(r"(?:\[(?P<six>[^]]*)\]|(?P<host>[^:\[\]]*))(?::(?P<port>[^:]*))?", text)
     if not match:
         raise BakehouseError(
-            f"the controller {text!r} is not HOST or HOST:PORT",
-            hint="an IPv6 address stands in brackets: [fd00::1]:6817",
+            f"the {what} {text!r} is not HOST or HOST:PORT",
+            hint=f"an IPv6 address stands in brackets: [fd00::1]:{port}",
         )
     if not _is_host(match["host"], match["six"]):
-        raise BakehouseError(
-            f"the controller {text!r} has no host name or address", hint="such as ctl.example.org:6817"
-        )
+        raise BakehouseError(f"the {what} {text!r} has no host name or address", hint=f"such as ctl.example.org:{port}")
     if match["port"] is not None and not _is_port(match["port"]):
-        raise BakehouseError(
-            f"the controller {text!r} has no port from 1 to {HIGHEST_PORT}", hint="the default is 6817"
-        )
+        raise BakehouseError(f"the {what} {text!r} has no port from 1 to {HIGHEST_PORT}", hint=f"the default is {port}")
 
 
 def _is_host(host: str | None, six: str | None) -> bool:

@@ -10,32 +10,54 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 
-from bakehouse import REPOSITORY, cluster, host, lock, machine, run, timeline, userdata
+from bakehouse import (
+    REPOSITORY,
+    cluster,
+    host,
+    kubernetes,
+    kubernetes_cluster,
+    lock,
+    machine,
+    run,
+    timeline,
+    verify_kubernetes,
+)  # fmt: skip
 from bakehouse.cluster import Cluster
 from bakehouse.errors import BakehouseError
 from bakehouse.machine import Login, Machine
+from bakehouse.network import Network
 from bakehouse.progress import Progress
 from bakehouse.record import FILE_NAME, Check, Record, Verification
 from bakehouse.run import Log
+from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
 from bakehouse.timeline import GUEST_COMMAND, GuestFacts, Timeline
 
 NODE = "node-1"
-STAGES = [
-    "cluster", "boot and join", "srun", "sbatch", "limits", "reboot and rejoin", "suite", "power off",
-]  # fmt: skip
+
+
+def stages(platform: str) -> list[str]:
+    """Return the stages of a verification, for its progress."""
+    work = ["srun", "sbatch", "limits"] if platform == "slurm" else ["pod", "services", "names"]
+    return ["cluster", "boot and join", *work, "reboot and rejoin", "suite", "power off"]
+
+
 EVIDENCE = "verify"
 """The folder beside an image's record that holds what its verification saw."""
 
-CPUS, MEMORY, DISK = 2, 1024, 4 << 30
-"""CPUs, MiB of memory and bytes of disk of the machine that is verified with."""
+CPUS, DISK = 2, 4 << 30
+"""CPUs and bytes of disk of the machine that is verified with."""
+
+MEMORY = {"slurm": 1024, "kubernetes": 2048}
+"""MiB of its memory; kubeadm wants 1700 (its preflight, Mem)."""
 
 JOIN_SECONDS = 900
 """Emulated on a busy host; with KVM it is ten."""
@@ -108,10 +130,75 @@ class Suites:
 OWN_SUITES = REPOSITORY / "tests" / "image"
 
 
+class Trial(Protocol):
+    """A cluster that an image is tried in, and what is tried in it."""
+
+    network: Network
+
+    def start(self) -> None:
+        """Start the controller."""
+
+    def user_data(self, node: str) -> str:
+        """Return what makes a node join."""
+
+    def work(self, node: Machine) -> list[tuple[str, str, Callable[[], None]]]:
+        """Return what is tried on a node that has joined: its name, its stage, and what does it."""
+
+    def work_again(self, node: Machine) -> None:
+        """Try whether the node works after a reboot."""
+
+    def logs(self) -> dict[str, str]:
+        """Return what the controller said, by the names of files."""
+
+
+class SlurmTrial:
+    """A Slurm cluster that an image is tried in."""
+
+    def __init__(self, made: Cluster) -> None:
+        self.made = made
+        self.network = made.network
+
+    def start(self) -> None:
+        """Start the controller."""
+        self.made.controller.start()
+
+    def user_data(self, node: str) -> str:
+        """Return what makes a node join."""
+        return self.made.user_data(node)
+
+    def work(self, node: Machine) -> list[tuple[str, str, Callable[[], None]]]:
+        """Return what is tried."""
+        return [
+            ("a job runs on it", "srun", lambda: self.work_again(node)),
+            ("a batch job leaves its result", "sbatch", lambda: _batch(self.made, node)),
+            ("two tasks run within their limits", "limits", lambda: _limits(self.made)),
+        ]
+
+    def work_again(self, node: Machine) -> None:  # noqa: ARG002 - of the protocol
+        """Run a job on it."""
+        _expect(self.made, ["srun", "hostname"], NODE)
+
+    def logs(self) -> dict[str, str]:
+        """Return what the controller said."""
+        return {"slurmctld.log": self.made.controller.log()}
+
+
+@contextmanager
+def _trial(record: Record, image: Path, settings: Settings, log: Log) -> Iterator[Trial]:
+    """Give the cluster for an image's platform; its controller is not started yet."""
+    if record.platform == "kubernetes":
+        programs = kubernetes.binaries(kubernetes.version_of(record), settings)
+        with kubernetes_cluster.up(record, image, programs, settings.mirrors(), settings.cache, log) as made:
+            yield verify_kubernetes.KubernetesTrial(made)
+    else:
+        with cluster.up(image, log) as plain:
+            yield SlurmTrial(plain)
+
+
 def verify(
     record: Record,
     store: LocalStore,
-    probe: Path,
+    settings: Settings,
     console: Console,
     *,
     firmware: machine.Firmware | None = None,
@@ -123,7 +210,7 @@ def verify(
     Args:
         record: the image.
         store: where it is.
-        probe: the folder where the answer about KVM is kept.
+        settings: of the site: where the answer about KVM is kept, and what a control plane is made of.
         console: shows progress.
         firmware: what to boot it under; the first that the image has by default.
         suites: what to ask it; by default tests/image.
@@ -148,12 +235,12 @@ def verify(
         run.ending_on_sigterm(),
         lock.held(own_lock, f"the verification of {record.tag}", wait=True, say=console.print),
         _fresh(evidence),
-        Progress(title, STAGES, console, verbose=verbose) as progress,
+        Progress(title, stages(record.platform), console, verbose=verbose) as progress,
         Log(evidence / "verify.log", progress.line) as log,
     ):
         job = _Run(record, progress)
         try:
-            _joined(job, image, probe, firmware, wanted, evidence, log, seen)
+            _joined(job, image, settings, firmware, wanted, evidence, log, seen)
         except _FailedError as error:
             log.write(f"bakehouse: failed: {error}")
         result = Verification(
@@ -185,8 +272,9 @@ def needed(record: Record) -> None:
         BakehouseError: it lacks a tool, or the platform cannot be verified yet.
     """
     host.must_have_tools()
-    if record.platform != "slurm":
-        raise BakehouseError(f"images of the platform {record.platform} cannot be verified yet", hint="only slurm can")
+    if record.platform not in MEMORY:
+        known = " and ".join(MEMORY)
+        raise BakehouseError(f"images of the platform {record.platform} cannot be verified", hint=f"{known} can")
 
 
 @dataclass
@@ -202,7 +290,7 @@ class _Seen:
 def _joined(
     job: _Run,
     image: Path,
-    probe: Path,
+    settings: Settings,
     firmware: machine.Firmware,
     suites: list[Path],
     evidence: Path,
@@ -210,38 +298,41 @@ def _joined(
     seen: _Seen,
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="bakehouse-verify-") as folder, ExitStack() as stack:
-        made = stack.enter_context(cluster.up(image, log))
-        stack.callback(lambda: (evidence / "slurmctld.log").write_text(made.controller.log()))
+        trial = stack.enter_context(_trial(job.record, image, settings, log))
+        stack.callback(lambda: _keep(trial.logs(), evidence))
         with job.check("a controller runs from the image's own root", "cluster"):
-            made.controller.start()
+            trial.start()
         node = stack.enter_context(machine.boot(
-            image, probe=probe, firmware=firmware, memory=MEMORY, cpus=CPUS, disk_size=DISK,
-            key=machine.make_key(Path(folder)), user_data=userdata.render(made.join(NODE)), hostname=NODE,
-            network=made.network, keep_console=evidence / "console.log",
+            image, probe=settings.cache / "kvm", firmware=firmware, memory=MEMORY[job.record.platform], cpus=CPUS,
+            disk_size=DISK, key=machine.make_key(Path(folder)), user_data=trial.user_data(NODE), hostname=NODE,
+            network=trial.network, keep_console=evidence / "console.log",
         ))  # fmt: skip
         seen.accelerator = node.accelerator
         try:
-            _boot_to_off(job, made, node, suites, evidence, seen)
+            _boot_to_off(job, trial, node, suites, evidence, seen)
         finally:
             if node.running:
                 node.collect(evidence)
 
 
-def _boot_to_off(job: _Run, made: Cluster, node: Machine, suites: list[Path], evidence: Path, seen: _Seen) -> None:
+def _keep(logs: dict[str, str], evidence: Path) -> None:
+    for name, text in logs.items():
+        (evidence / name).write_text(text)
+
+
+def _boot_to_off(job: _Run, trial: Trial, node: Machine, suites: list[Path], evidence: Path, seen: _Seen) -> None:
     with job.check("it boots and joins the cluster", "boot and join"):
         wait_for_join(node)
-    with job.check("a job runs on it", "srun"):
-        _expect(made, ["srun", "hostname"], NODE)
-        first_job = time.monotonic()
-    with job.check("a batch job leaves its result", "sbatch"):
-        _batch(made, node)
-    with job.check("two tasks run within their limits", "limits"):
-        _limits(made)
+    first_work = 0.0
+    for name, stage, do in trial.work(node):
+        with job.check(name, stage):
+            do()
+        first_work = first_work or time.monotonic()
     seen.timeline = read_timeline(node, node.started)
-    seen.timeline = timeline.with_moment(seen.timeline, timeline.FIRST_JOB, first_job - node.started)
+    seen.timeline = timeline.with_moment(seen.timeline, timeline.FIRST_JOB, first_work - node.started)
     with job.check("it rejoins after a reboot", "reboot and rejoin"):
         reset = _reboot(node)
-        _expect(made, ["srun", "hostname"], NODE)
+        trial.work_again(node)
     seen.rejoin = read_timeline(node, reset)
     with job.check("it is what its suites expect", "suite"):
         seen.suite = ask(node.login, suites, job.record, evidence)

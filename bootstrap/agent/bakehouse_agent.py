@@ -224,6 +224,8 @@ LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # RFC 1123
 GRES = r"[A-Za-z0-9_]+(?::[A-Za-z0-9_.-]+){0,3}"
 PEM = r"(?:[ -~]*\n)?(?:-----BEGIN CERTIFICATE-----\n(?:[A-Za-z0-9+/=]{1,80}\n)+-----END CERTIFICATE-----\s*)+"
 TOKEN = r"bhj_[A-Za-z0-9_-]{20,128}"  # noqa: S105 (the form of a token, not a token)
+BOOTSTRAP_TOKEN = r"[a-z0-9]{6}\.[a-z0-9]{16}"  # noqa: S105 (the form of a token, not a token)
+API_PORT = 6443
 KEY_SIZES = range(32, 1024 + 1)  # bytes: munge's MUNGE_MINIMUM_KEY_LEN and MUNGE_MAXIMUM_KEY_LEN
 CONFIG_LIMIT = 64 * 1024  # bytes
 DEEPEST = 8  # levels; the schema has four
@@ -268,9 +270,14 @@ def decoded(text: str) -> bytes:
 # What join.yaml may hold. A text: its form or a function that knows it, and its name. A list: its entries and how many.
 COUNT, COUNT_OR_0 = ("[1-9][0-9]{0,9}", "a whole number from 1"), ("0|[1-9][0-9]{0,9}", "a whole number from 0")
 COUNTS = "CPUs Boards Sockets SocketsPerBoard CoresPerSocket ThreadsPerCore RealMemory".split()
-SCHEMA: dict[str, Any] = {
-    "platform": ("slurm", "a platform that this agent knows: slurm"),
-    "node": {"name": (rf"{LABEL}(?:\..*)?", "a host name: letters, digits and -, at most 63")},
+PREFIXED = r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?/)?[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+LABEL_VALUE = r"(?:[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?"  # Kubernetes: Labels and Selectors, Syntax
+BROKER = {
+    "url": (broker_address, "https://HOST:PORT, without user, password or path"),
+    "token": (TOKEN, "a token of invoke join.token (bhj_...)"),
+    "ca": (PEM, "the certificate of the CA, in PEM form"),
+}
+SLURM_SCHEMA: dict[str, Any] = {
     "slurm": {
         "controllers": [(endpoint, "host or host:port (an IPv6 address stands in brackets)"), 8],
         "authentication": ("munge|slurm", "munge or slurm"),
@@ -283,14 +290,36 @@ SCHEMA: dict[str, Any] = {
     },
     "secret": {
         "inline": (decoded, "the key, 32 to 1024 bytes, in base64 on one line (base64 --wrap=0 /etc/munge/munge.key)"),
-        "broker": {
-            "url": (broker_address, "https://HOST:PORT, without user, password or path"),
-            "token": (TOKEN, "a token of invoke join.token (bhj_...)"),
-            "ca": (PEM, "the certificate of the CA, in PEM form"),
-        },
+        "broker": BROKER,
     },
 }
-REQUIRED = {"platform", "slurm", "slurm.controllers", "secret.broker.url", "secret.broker.ca"}
+KUBERNETES_SCHEMA: dict[str, Any] = {
+    "kubernetes": {
+        "api_server": (lambda text: endpoint(text, API_PORT), "host or host:port (an IPv6 address stands in brackets)"),
+        "ca_hashes": [("sha256:[0-9a-f]{64}", "a hash of a CA's public key: sha256: and 64 digits"), 8],
+        "discovery_file": ("/[ -~]{1,255}", "the path of a kubeconfig with the cluster's CA"),
+        "labels": [(f"{PREFIXED}={LABEL_VALUE}", "a label: key=value"), 64],
+        "taints": [
+            (
+                f"{PREFIXED}(?:={LABEL_VALUE})?:(?:NoSchedule|PreferNoSchedule|NoExecute)",
+                "a taint: key=value:NoSchedule",
+            ),
+            32,
+        ],
+        "provider_id": ("[a-z][a-z0-9]*://[!-~]{1,200}|none", "an id such as openstack:///UUID, or none"),
+        "cloud_provider": ("external", "external, or nothing"),
+    },
+    "secret": {"inline": (BOOTSTRAP_TOKEN, "a bootstrap token of kubeadm token create"), "broker": BROKER},
+}
+SCHEMAS = {"slurm": SLURM_SCHEMA, "kubernetes": KUBERNETES_SCHEMA}
+FOR_ALL: dict[str, Any] = {
+    "platform": ("|".join(SCHEMAS), f"a platform that this agent knows: {', '.join(SCHEMAS)}"),
+    "node": {"name": (rf"{LABEL}(?:\..*)?", "a host name: letters, digits and -, at most 63")},
+}
+REQUIRED = {
+    "platform", "slurm", "slurm.controllers", "kubernetes", "kubernetes.api_server", "secret.broker.url",
+    "secret.broker.ca",
+}  # fmt: skip
 
 
 class Config:
@@ -299,23 +328,31 @@ class Config:
     clock_off = 0.0  # seconds that this node's clock is ahead of the broker's, once that has answered
 
     def __init__(self, document: Any, text: bytes) -> None:
-        slurm, secret = document["slurm"], document.get("secret") or {}
+        secret = document.get("secret") or {}
         broker = secret.get("broker") or {}
         self.text, self.platform = text, document["platform"]
         self.name = ((document.get("node") or {}).get("name") or "").partition(".")[0]
-        self.controllers: list[Any] = [endpoint(entry) for entry in slurm["controllers"]]
+        self.broker = broker_address(broker.get("url") or "")
+        self.token, self.ca = broker.get("token") or "", broker.get("ca")
+        self.inline, self.bootstrap_token = b"", ""
+        self.controllers: list[Any] = []
+        if self.platform == "kubernetes":
+            self.kubernetes: dict[str, Any] = document["kubernetes"]
+            self.controllers = [endpoint(self.kubernetes["api_server"], API_PORT)]
+            self.bootstrap_token = secret.get("inline") or ""
+            return
+        slurm = document["slurm"]
+        self.controllers = [endpoint(entry) for entry in slurm["controllers"]]
         self.authentication = slurm.get("authentication") or "munge"
         self.features: list[str] = slurm.get("features") or []
         self.hardware = {key: value for key, value in (slurm.get("hardware") or {}).items() if value}
         self.inline = decoded(secret.get("inline") or "")
-        self.broker = broker_address(broker.get("url") or "")
-        self.token, self.ca = broker.get("token") or "", broker.get("ca")
         self.key_file = KEY_FILES[self.authentication]
 
     @property
     def holds_secret(self) -> bool:
         """True while the file holds what nobody else may read."""
-        return bool(self.inline or self.token)
+        return bool(self.inline or self.token or self.bootstrap_token)
 
 
 def parse(data: bytes) -> tuple[Config | None, list[str]]:
@@ -323,8 +360,18 @@ def parse(data: bytes) -> tuple[Config | None, list[str]]:
     faults: list[str] = []
     document = read_yaml(data, faults)
     if not faults:
-        check_mapping(document or {}, SCHEMA, "", faults)
+        check_mapping(document or {}, schema_of(document), "", faults)
+    if not faults and document["platform"] == "kubernetes":
+        about = document["kubernetes"]
+        if not about.get("ca_hashes") and not about.get("discovery_file"):
+            faults.append("kubernetes: needs ca_hashes or discovery_file: else anybody could be the API server")
     return None if faults else Config(document, data), [plain(fault) for fault in faults]
+
+
+def schema_of(document: Any) -> dict[str, Any]:
+    """Return what a configuration for its platform may hold; that of Slurm where the platform is not known."""
+    platform = document.get("platform") if isinstance(document, dict) else None
+    return {**FOR_ALL, **SCHEMAS.get(platform if isinstance(platform, str) else "", SLURM_SCHEMA)}
 
 
 def read_yaml(data: bytes, faults: list[str]) -> Any:
@@ -412,7 +459,7 @@ def check_mapping(value: Any, rules: dict[str, Any], where: str, faults: list[st
             check_mapping({}, rule, place, faults)
         elif place in REQUIRED:
             faults.append(f"{place}: is missing")
-    if where == "secret" and value.get("inline") and value.get("broker"):
+    if where == "secret" and rules is SLURM_SCHEMA["secret"] and value.get("inline") and value.get("broker"):
         faults.append("secret: takes inline or broker, not both")
 
 
@@ -582,7 +629,7 @@ def place_secret(config: Config, node: str) -> str:
         store_key(config, config.inline)
         done = "stored the key of join.yaml"
     elif config.token and source() != receipt(config.token, read(config.key_file)):
-        key = read(aside) or fetch(config, node)
+        key = read(aside) or key_of_answer(config, fetch(config, node))
         # The token is spent. The disk may be full, so the key is kept in memory, for root only, until it is stored.
         write(aside, key)
         note_source(receipt(config.token, key))
@@ -592,13 +639,18 @@ def place_secret(config: Config, node: str) -> str:
         hint = f"add secret.inline or secret.broker with a token to {CONFIG}, or put the key there"
         raise Wait(f"there is no key in {config.key_file}, and join.yaml has none", hint)
     if config.holds_secret:
-        if read(CONFIG) == config.text:  # else a new one has been written, which is read next
-            config.text = without_secret(config.text)
-            write(CONFIG, config.text)
-        remove(claim_path(config.token))
-        config.inline, config.token = b"", ""
+        forget_secret(config)
         remove(aside)
     return done
+
+
+def forget_secret(config: Config) -> None:
+    """Take key and tokens out of join.yaml: they have done their work."""
+    if read(CONFIG) == config.text:  # else a new one has been written, which is read next
+        config.text = without_secret(config.text)
+        write(CONFIG, config.text)
+    remove(claim_path(config.token))
+    config.inline, config.token, config.bootstrap_token = b"", "", ""
 
 
 def store_key(config: Config, key: bytes) -> None:
@@ -672,9 +724,8 @@ def without_secret(data: bytes) -> bytes:
 # --- The broker ------------------------------------------------------------------------------------------------------
 
 
-def fetch(config: Config, node: str) -> bytes:
-    """Fetch the key with the one-time token over HTTPS. Only the CA in join.yaml is trusted, no proxy is used."""
-    import email.utils
+def fetch(config: Config, node: str) -> dict[str, Any]:
+    """Have the broker's answer to the one-time token, over HTTPS. Only the CA in join.yaml counts, no proxy is used."""
     import http.client
     import ssl
 
@@ -703,24 +754,38 @@ def fetch(config: Config, node: str) -> bytes:
         raise Wait(f"{where} does not answer in HTTP ({type(error).__name__})", "is this the broker's port?") from None
     finally:
         connection.close()
-    date = email.utils.parsedate_tz(response.getheader("Date", ""))
-    config.clock_off = time.time() - email.utils.mktime_tz(date) if date else 0.0
-    return key_of_answer(config, node, where, response.status, data)
-
-
-def key_of_answer(config: Config, node: str, where: str, status: int, data: bytes) -> bytes:
-    """Return the key in the broker's answer, checked."""
-    try:
-        answer = json.loads(data)
-    except (ValueError, RecursionError):
-        answer = None
-    answer = answer if isinstance(answer, dict) else {}
+    config.clock_off = clock_off(response.getheader("Date", ""))
+    answer = mapping(data)
     said = plain(str(answer.get("error", "")), 200)
-    if status == 401:  # noqa: PLR2004
-        again = f"make a new token: invoke join.token --platform slurm --node {node}, and put it into {CONFIG}"
+    if response.status == 401:  # noqa: PLR2004
+        command = f"invoke join.token --platform {config.platform} --node {node}"
+        again = f"make a new token: {command}, and put it into {CONFIG}"
         raise Hopeless([f"{where} says: {said or 'token refused'}"], again, REFUSED)
-    if status != 200:  # noqa: PLR2004
-        raise Wait(f"{where} answers {status}: {said or 'no reason'}", "see the broker's journal")
+    if response.status != 200:  # noqa: PLR2004
+        raise Wait(f"{where} answers {response.status}: {said or 'no reason'}", "see the broker's journal")
+    return {"where": where, **answer}
+
+
+def clock_off(date: str) -> float:
+    """Return the seconds that this node's clock is ahead of a server's, by the Date of its answer; 0 without one."""
+    import email.utils
+
+    parsed = email.utils.parsedate_tz(date)
+    return time.time() - email.utils.mktime_tz(parsed) if parsed else 0.0
+
+
+def mapping(data: bytes) -> dict[str, Any]:
+    """Return a JSON object; an empty one where the data is none."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def key_of_answer(config: Config, answer: dict[str, Any]) -> bytes:
+    """Return the key in the broker's answer, checked."""
+    where = answer["where"]
     if answer.get("authentication") != config.authentication:
         kind = plain(str(answer.get("authentication")), 20)
         raise Wait(f"{where} has a key for {kind}, not for {config.authentication}", "compare slurm.authentication")
@@ -775,7 +840,7 @@ BASE64 = rb"[A-Za-z0-9+/](?:[A-Za-z0-9+/]|\r?\n[ \t]*|\\n){47,}={0,2}"  # JSON h
 
 def scrub(keys: list[bytes]) -> int:
     """Overwrite the copies of keys and tokens that cloud-init keeps, and return how many files had one."""
-    needles = [encoded(key).encode() for key in keys if key]
+    needles = Needles([encoded(key).encode() for key in keys if key], source().get("bootstrap", ""))
     trees = [os.path.join(top, name) for tree in CLOUD_COPIES for top, _, names in os.walk(tree) for name in names]
     found = 0
     for path in [*CLOUD_LOGS, *trees]:
@@ -786,7 +851,26 @@ def scrub(keys: list[bytes]) -> int:
     return found
 
 
-def scrub_file(path: str, needles: list[bytes]) -> bool:
+class Needles:
+    """What to look for: texts, and a bootstrap token of which only the digest is known any more."""
+
+    def __init__(self, texts: list[bytes], bootstrap: str) -> None:
+        self.texts, self.bootstrap = texts, bootstrap
+
+    def blot(self, data: bytes) -> bytes:
+        """Return data without what is looked for and stands there in clear."""
+        for text in self.texts:
+            data = data.replace(text, b"x" * len(text))
+        if self.bootstrap:
+            data = re.sub(BOOTSTRAP_TOKEN.encode(), self.blot_token, data)
+        return re.sub(TOKEN.encode(), lambda found: b"bhj_" + b"x" * (len(found[0]) - 4), data)
+
+    def blot_token(self, found: re.Match[bytes]) -> bytes:
+        """Return a match without the token, if it is that."""
+        return b"xxxxxx." + b"x" * 16 if digest(found[0]) == self.bootstrap else found[0]
+
+
+def scrub_file(path: str, needles: Needles) -> bool:
     """Overwrite what must not be in one file; True if there was something."""
     if os.path.islink(path) or not os.path.isfile(path):
         return False
@@ -801,7 +885,7 @@ def scrub_file(path: str, needles: list[bytes]) -> bool:
     return clean != data
 
 
-def blotted(data: bytes, needles: list[bytes], depth: int = 3) -> bytes:
+def blotted(data: bytes, needles: Needles, depth: int = 3) -> bytes:
     """Return data without keys and tokens, and without gzip and base64 in which there are some.
 
     It has the same length, so that cloud-init can still read its pickle and its JSON. User-data may come compressed,
@@ -811,12 +895,10 @@ def blotted(data: bytes, needles: list[bytes], depth: int = 3) -> bytes:
     if depth:
         data = blotted_gzip(data, needles, depth - 1)
         data = re.sub(BASE64, lambda found: blotted_base64(found[0], needles, depth - 1), data)
-    for needle in needles:
-        data = data.replace(needle, b"x" * len(needle))
-    return re.sub(TOKEN.encode(), lambda found: b"bhj_" + b"x" * (len(found[0]) - 4), data)
+    return needles.blot(data)
 
 
-def blotted_gzip(data: bytes, needles: list[bytes], depth: int) -> bytes:
+def blotted_gzip(data: bytes, needles: Needles, depth: int) -> bytes:
     """Return data without the gzip streams that hold something."""
     import zlib
 
@@ -832,7 +914,7 @@ def blotted_gzip(data: bytes, needles: list[bytes], depth: int) -> bytes:
     return data
 
 
-def blotted_base64(data: bytes, needles: list[bytes], depth: int) -> bytes:
+def blotted_base64(data: bytes, needles: Needles, depth: int) -> bytes:
     """Return a run of base64, blotted out if it holds something. Ends of lines stay."""
     text = re.sub(rb"\\n|[^A-Za-z0-9+/]", b"", data)
     for skip in range(4):  # a word before it may have been taken for its begin
@@ -927,6 +1009,8 @@ class Shown:
 
 class Slurm:
     """A node of a Slurm cluster: dynamic (slurmd -Z) and without configuration files of its own."""
+
+    WORK, BY_HAND = "jobs", "scontrol delete nodename={}"
 
     def __init__(self, config: Config, node: str) -> None:
         self.config, self.node = config, node
@@ -1064,6 +1148,27 @@ class Slurm:
         after = int(shown.started) - int(since or 0)  # seconds
         return (shown.started != before or abs(after) <= 1) if before else after >= -2  # noqa: PLR2004
 
+    def drain(self, status: Status, now: bool, deadline: float) -> bool:
+        """Drain the node until no job is on it; False if that took too long."""
+        reach(self.config.controllers)
+        self.update("state=drain", f"reason={OUR_REASON}leaving")
+        wait = Wait("jobs on this node to end", "bakehouse-agent leave --now does not wait for them")
+        for attempt in itertools.count(1):
+            shown = self.show()
+            if now or not shown or not shown.busy:
+                break
+            status.waiting(wait, attempt, 2)
+            if monotonic() > deadline:
+                return False
+            time.sleep(2)
+        return True
+
+    def stop(self) -> None:
+        """Stop what the node runs for its cluster."""
+        for service in ("slurmd.service", "munge.service"):
+            run("systemctl", "stop", service, timeout=60)
+        remove(RUN + "/munge-key")
+
     def check_ready(self, shown: Shown) -> None:
         """Return when the controller would give the node jobs."""
         reason, resume = shown.reason, f"scontrol update nodename={self.node} state=resume"
@@ -1130,6 +1235,356 @@ def own_address(controller: str) -> str:
         return str(probe.getsockname()[0])
 
 
+# --- Kubernetes ------------------------------------------------------------------------------------------------------
+
+KUBERNETES = ROOT + "/etc/kubernetes"
+KUBELET = ROOT + "/var/lib/kubelet"
+KUBELET_CONF = KUBERNETES + "/kubelet.conf"
+CLUSTER_CA = KUBERNETES + "/pki/ca.crt"
+KUBELET_CERTIFICATE = KUBELET + "/pki/kubelet-client-current.pem"  # and its key
+CONTAINERD = ROOT + "/run/containerd/containerd.sock"
+MEMBERSHIP = STATE + "/kubernetes.json"
+JOIN_FILE = RUN + "/kubeadm-join.json"
+FETCHED = RUN + "/bootstrap-token"  # of the broker, until the node has joined
+OF_A_JOIN = (
+    KUBELET_CONF, KUBERNETES + "/bootstrap-kubelet.conf", CLUSTER_CA, KUBELET + "/config.yaml",
+    KUBELET + "/kubeadm-flags.env", KUBELET_CERTIFICATE, MEMBERSHIP,
+)  # fmt: skip
+KUBEADM_LIMIT = 420.0  # seconds; its own limit for the kubelet's certificate is 300
+SKEW = 300  # seconds that clocks may differ by before it is worth a word
+NO_API = "the API server does not answer"
+PRESSURES = {
+    "DiskPressure": (
+        "the disk is full",
+        "df -h / /var/lib/containerd; the kubelet goes on by itself when there is room",
+    ),
+    "MemoryPressure": ("memory is short", "free -m; kubectl describe node"),
+    "PIDPressure": ("there are too many processes", "ps aux | wc -l; kubectl describe node"),
+}
+
+
+class Kubernetes:
+    """A node of a Kubernetes cluster: kubeadm makes it one, the kubelet keeps it one."""
+
+    WORK, BY_HAND = "pods", "kubectl delete node {}"
+
+    def __init__(self, config: Config, node: str) -> None:
+        self.config, self.node = config, node
+        self.host, self.port = config.controllers[0]
+        self.server = written(self.host, self.port)
+
+    def must_have_containerd(self) -> None:
+        """Return when containerd takes connections."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            try:
+                connection.connect(CONTAINERD)
+            except FileNotFoundError:
+                raise Wait("containerd to start", "systemctl status containerd") from None
+            except OSError as error:
+                raise Wait(f"containerd does not answer: {error.strerror}", "journalctl -u containerd") from None
+
+    def is_member(self) -> bool:
+        """True if this node has joined this cluster, in this boot or an earlier one."""
+        known = mapping(read(MEMBERSHIP))
+        there = all(os.path.exists(path) for path in (KUBELET_CONF, CLUSTER_CA, KUBELET_CERTIFICATE))
+        return there and known.get("api_server") == self.server and known.get("node") == self.node
+
+    # The token.
+
+    def take_token(self) -> str:
+        """Have a bootstrap token that the cluster knows. Returns where it is from."""
+        where = "the bootstrap token of join.yaml"
+        if not self.token and self.config.token:
+            self.fetch_token()
+        if not self.token:
+            hint = f"add secret.inline with a token of kubeadm token create, or secret.broker, to {CONFIG}"
+            raise Wait("there is no bootstrap token", hint)
+        if read(FETCHED):
+            where = "a bootstrap token of the broker"
+        if not self.config.kubernetes.get("discovery_file"):
+            self.check_token()
+        return where
+
+    @property
+    def token(self) -> str:
+        """The bootstrap token: the broker's is newer than that of join.yaml."""
+        return read(FETCHED).decode() or self.config.bootstrap_token
+
+    def fetch_token(self) -> None:
+        """Fetch a fresh bootstrap token from the broker."""
+        answer = fetch(self.config, self.node)
+        token = str(answer.get("token"))
+        if not re.fullmatch(BOOTSTRAP_TOKEN, token):
+            raise Wait(f"{answer['where']} sends no bootstrap token", "see platforms.kubernetes in broker.yaml")
+        folder(RUN)
+        write(FETCHED, token.encode())  # in memory, for root only
+
+    def check_token(self) -> None:
+        """Return if the cluster knows the token: kubeadm would say so only after a while, and in other words.
+
+        The cluster signs what it tells of itself with each token that is good (Kubernetes: Authenticating with
+        Bootstrap Tokens, ConfigMap Signing). Nothing of this answer is trusted: kubeadm checks it all again.
+        """
+        status, answer = self.ask("GET", "/api/v1/namespaces/kube-public/configmaps/cluster-info", known=False)
+        name = self.token.partition(".")[0]
+        if status != 200:  # noqa: PLR2004
+            raise Wait(f"{self.server} does not show its cluster-info ({status})", "is it a cluster made by kubeadm?")
+        if f"jws-kubeconfig-{name}" in (answer.get("data") or {}):
+            return
+        said = f"the bootstrap token {name} has expired, or the cluster does not know it"
+        if self.config.token:
+            remove(FETCHED)
+            self.config.bootstrap_token = ""
+            raise Soon(f"a fresh bootstrap token from the broker: {said}")
+        raise Wait(said, f"put a new one of kubeadm token create into secret.inline of {CONFIG}")
+
+    # The join.
+
+    def join(self, address: str) -> None:
+        """Have kubeadm make this node a member. What an earlier try left is removed before."""
+        self.clean()
+        note_source({"source": "inline", "bootstrap": digest(self.token.encode())})
+        write(JOIN_FILE, json.dumps(self.join_configuration(address)).encode())
+        try:
+            code, said = run("kubeadm", "join", "--config", JOIN_FILE, timeout=KUBEADM_LIMIT)
+        finally:
+            remove(JOIN_FILE)
+        if code:
+            raise self.why(said)
+        write(MEMBERSHIP, json.dumps({"api_server": self.server, "node": self.node}).encode())
+        forget_secret(self.config)
+        remove(FETCHED)
+
+    def join_configuration(self, address: str) -> dict[str, Any]:
+        """Return kubeadm's JoinConfiguration, in the form that its version takes."""
+        code, said = run("kubeadm", "version", "--output", "short")
+        found = re.match(r"v1\.(\d+)\.", said)
+        if code or not found:
+            raise Wait(f"kubeadm does not say its version: {said}", "is kubeadm installed?")
+        minor, wanted = int(found[1]), self.config.kubernetes
+        arguments = {"node-ip": address}
+        if wanted.get("labels"):
+            arguments["node-labels"] = ",".join(wanted["labels"])
+        if self.provider_id():
+            arguments["provider-id"] = self.provider_id()
+        if wanted.get("cloud_provider"):
+            arguments["cloud-provider"] = wanted["cloud_provider"]
+        with_list = minor >= 31  # noqa: PLR2004 (v1beta4)
+        registration = {
+            "name": self.node,
+            "criSocket": f"unix://{CONTAINERD}" if minor >= 24 else CONTAINERD,  # noqa: PLR2004
+            "taints": [taint_of(text) for text in wanted.get("taints") or []],
+            "kubeletExtraArgs": (
+                [{"name": name, "value": value} for name, value in arguments.items()] if with_list else arguments
+            ),
+            # Images come with the node; crictl is for people.
+            "ignorePreflightErrors": ["FileExisting-crictl"],
+        }
+        discovery: dict[str, Any] = {"tlsBootstrapToken": self.token}
+        if wanted.get("discovery_file"):
+            discovery["file"] = {"kubeConfigPath": wanted["discovery_file"]}
+        else:
+            discovery["bootstrapToken"] = {
+                "token": self.token, "apiServerEndpoint": self.server, "caCertHashes": wanted["ca_hashes"],
+            }  # fmt: skip
+        limits = {"timeouts": {"discovery": "30s"}} if with_list else {}
+        if not with_list:
+            discovery["timeout"] = "30s"
+        versions = {20: "v1beta2", 21: "v1beta2"}
+        version = "v1beta4" if with_list else versions.get(minor, "v1beta3")
+        return {
+            "apiVersion": f"kubeadm.k8s.io/{version}", "kind": "JoinConfiguration", "discovery": discovery,
+            "nodeRegistration": registration, **limits,
+        }  # fmt: skip
+
+    def provider_id(self) -> str:
+        """Return what ties the node to its server in the cloud, as OpenStack's cloud controller writes it."""
+        given = str(self.config.kubernetes.get("provider_id") or "")
+        if given:
+            return given.removesuffix("none") if given == "none" else given
+        about = mapping(read(INSTANCE_DATA, 1 << 22)).get("v1") or {}
+        identity = str(about.get("instance_id"))
+        is_server = about.get("cloud_name") == "openstack" and re.fullmatch(
+            r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", identity
+        )
+        return f"openstack:///{identity}" if is_server else ""
+
+    def clean(self) -> None:
+        """Remove what makes this node a member of a cluster."""
+        run("systemctl", "stop", "kubelet.service", timeout=60)
+        for path in OF_A_JOIN:
+            remove(path)
+
+    def why(self, said: str) -> Exception:
+        """Say in plain words why kubeadm could not."""
+        errors = re.findall(r"\[ERROR ([^\]]+)\]: (.*)", said)
+        if "none of the public keys" in said:
+            hashes = f"compare kubernetes.ca_hashes in {CONFIG} with the CA of the cluster (docs/join-agent.md)"
+            return Hopeless([f"the CA of {self.server} is not the one of ca_hashes"], hashes, INVALID)
+        if "JWS" in said:
+            return Wait("the cluster does not sign for this bootstrap token", "kubeadm token list")
+        if abs(self.config.clock_off) > SKEW or "not yet valid" in said:
+            return Wait(f"{CLOCKS.replace('the controller', 'the API server')}", f"{clock()}; timedatectl")
+        if errors:
+            return Wait(
+                f"kubeadm finds fault with this node: {'; '.join(text for _, text in errors)}",
+                "journalctl -u bakehouse-agent",
+            )
+        if "kubelet" in said and "timed out" in said:
+            return Wait("the kubelet to come up", "journalctl -u kubelet")
+        last = [line for line in said.splitlines() if line.strip() and not line.startswith("To see the stack trace")]
+        print(said, flush=True)  # for the journal; there is no token in it
+        return Wait(f"kubeadm join failed: {last[-1] if last else 'it said nothing'}", "journalctl -u bakehouse-agent")
+
+    # The member.
+
+    def start(self) -> None:
+        """Start the kubelet where it does not run."""
+        code, _ = run("systemctl", "is-active", "--quiet", "kubelet.service")
+        if code:
+            run("systemctl", "start", "--no-block", "kubelet.service")
+
+    def show(self) -> dict[str, Any]:
+        """Return the node as the API server knows it."""
+        status, answer = self.ask("GET", f"/api/v1/nodes/{self.node}")
+        if status == 404:  # noqa: PLR2004
+            raise Soon("the kubelet to register", "journalctl -u kubelet")
+        if status != 200:  # noqa: PLR2004
+            raise self.refused(status, answer)
+        return answer
+
+    def refused(self, status: int, answer: dict[str, Any]) -> Wait:
+        """Say that the API server does not do what it is asked."""
+        said = answer.get("message") or status
+        return Wait(f"the API server refuses this node: {said}", "kubectl get csr; journalctl -u kubelet")
+
+    def check_ready(self, node: dict[str, Any]) -> None:
+        """Return when the cluster would give the node pods."""
+        conditions = {each["type"]: each for each in (node.get("status") or {}).get("conditions") or []}
+        for name, (what, hint) in PRESSURES.items():
+            if (conditions.get(name) or {}).get("status") == "True":
+                raise Wait(f"registered, but {what} ({name})", hint)
+        ready = conditions.get("Ready") or {}
+        if ready.get("status") == "True":
+            return
+        message = ready.get("message") or "the kubelet has not said anything yet"
+        if "network" in message and "plugin" in message:
+            hint = "the cluster's network add-on has to come to this node: kubectl get pods --all-namespaces"
+            raise Wait("registered, but there is no pod network here yet", hint)
+        if ready.get("status") == "Unknown":
+            raise Wait("registered, but the kubelet does not report", "journalctl -u kubelet")
+        wait = Wait(f"registered, but not ready: {message}", "journalctl -u kubelet")
+        wait.pace = 0.5 if monotonic() < CLOUD_INIT_LIMIT else 0.0  # it takes a moment, most of the time
+        raise wait
+
+    def drain(self, status: Status, now: bool, deadline: float) -> bool:
+        """Evict the node's pods and wait until they are gone; False if that took too long."""
+        reach(self.config.controllers)
+        self.must(*self.ask("PATCH", f"/api/v1/nodes/{self.node}", {"spec": {"unschedulable": True}}))
+        wait = Wait("pods on this node to end", "bakehouse-agent leave --now does not wait for them")
+        for attempt in itertools.count(1):
+            pods = self.pods()
+            for pod in pods:
+                self.evict(pod)
+            if now or not pods:
+                return True
+            status.waiting(wait, attempt, 2)
+            if monotonic() > deadline:
+                return False
+            time.sleep(2)
+        return True
+
+    def pods(self) -> list[dict[str, Any]]:
+        """Return the pods here that somebody else would run in our place: none of daemon sets, no static ones."""
+        status, answer = self.ask("GET", f"/api/v1/pods?fieldSelector=spec.nodeName%3D{self.node}")
+        self.must(status, answer)
+        found = [
+            each["metadata"]
+            for each in answer.get("items") or []
+            if (each.get("status") or {}).get("phase") in {"Pending", "Running"}
+        ]
+        return [
+            each for each in found
+            if "kubernetes.io/config.mirror" not in (each.get("annotations") or {})
+            and all(owner["kind"] != "DaemonSet" for owner in each.get("ownerReferences") or [])
+        ]  # fmt: skip
+
+    def evict(self, pod: dict[str, Any]) -> None:
+        """Ask for the end of a pod; a disruption budget may say: not yet."""
+        path = f"/api/v1/namespaces/{pod['namespace']}/pods/{pod['name']}/eviction"
+        about = {"kind": "Eviction", "metadata": {"name": pod["name"], "namespace": pod["namespace"]}}
+        for version in ("policy/v1", "policy/v1beta1"):
+            status, answer = self.ask("POST", path, {"apiVersion": version, **about})
+            if status not in {400, 415}:
+                break
+        if status not in {404, 409, 429}:
+            self.must(status, answer)
+
+    def must(self, status: int, answer: dict[str, Any]) -> None:
+        """Raise where the API server did not do what it was asked."""
+        if status >= 300:  # noqa: PLR2004
+            raise self.refused(status, answer)
+
+    def forget(self) -> None:
+        """Make the cluster forget the node: the kubelet ends before, or it would register again."""
+        run("systemctl", "stop", "kubelet.service", timeout=60)
+        status, answer = self.ask("DELETE", f"/api/v1/nodes/{self.node}")
+        if status != 404:  # noqa: PLR2004
+            self.must(status, answer)
+
+    def stop(self) -> None:
+        """Stop what the node runs for its cluster, and forget the cluster."""
+        self.clean()
+
+    def ask(
+        self, method: str, path: str, body: dict[str, Any] | None = None, known: bool = True
+    ) -> tuple[int, dict[str, Any]]:
+        """Ask the API server, as this node; with ``known`` false as nobody, and of whoever answers.
+
+        Returns status and answer.
+        """
+        import http.client
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if known:
+            context.load_verify_locations(cafile=CLUSTER_CA)
+            context.load_cert_chain(KUBELET_CERTIFICATE)
+        else:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        connection = http.client.HTTPSConnection(self.host, self.port, timeout=10, context=context)
+        try:
+            connection.request(
+                method, path, json.dumps(body) if body else None, {"Content-Type": kind, "Connection": "close"}
+            )
+            response = connection.getresponse()
+            data = response.read(1 << 24)
+        except ssl.SSLCertVerificationError as error:
+            raise certificate_trouble(f"the API server at {self.server}", error.verify_message) from None
+        except (OSError, http.client.HTTPException) as error:
+            wait = (
+                no_connection(f"the API server at {self.server}", error) if isinstance(error, OSError) else Wait(NO_API)
+            )
+            raise NoAnswer(wait.what, wait.hint) from None
+        finally:
+            connection.close()
+        self.config.clock_off = clock_off(response.getheader("Date", ""))
+        return response.status, mapping(data)
+
+
+def taint_of(text: str) -> dict[str, str]:
+    """Return a taint as the API has it."""
+    pair, _, effect = text.rpartition(":")
+    key, _, value = pair.partition("=")
+    return {"key": key, "effect": effect, **({"value": value} if value else {})}
+
+
+def platform_of(config: Config, node: str) -> Slurm | Kubernetes:
+    """Return what makes this node a member."""
+    return Kubernetes(config, node) if config.platform == "kubernetes" else Slurm(config, node)
+
+
 # --- Join ------------------------------------------------------------------------------------------------------------
 
 
@@ -1139,7 +1594,7 @@ class Join:
     def __init__(self, status: Status) -> None:
         self.status, self.data = status, status.data
         self.config: Config | None = None
-        self.slurm: Slurm | None = None
+        self.member: Slurm | Kubernetes | None = None
         self.loaded = ""  # the signature of the join.yaml that was read
         self.joined = False
         self.blocked = False  # users from the metadata service, in this run
@@ -1151,29 +1606,42 @@ class Join:
     def once(self) -> None:
         """Look at each level and do what is missing. Returns when the node is a member."""
         if self.config is None or self.changed():
-            self.loaded, self.config, self.slurm = signature(CONFIG), None, None
+            self.loaded, self.config, self.member = signature(CONFIG), None, None
             self.config = load()
             self.data.update(platform=self.config.platform, controller="", faults=[])
             self.status.moment("configured", f"{self.config.platform} {CONFIG}", again=True)
-        if self.slurm is None:
-            self.slurm = self.prepare(self.config)
-        if not os.path.exists(self.config.key_file):
-            self.slurm = None
+        if self.member is None:
+            self.member = self.prepare(self.config)
+        if isinstance(self.member, Slurm) and not os.path.exists(self.config.key_file):
+            self.member = None
             raise Wait("the key has gone")
         if not self.data["controller"]:
             self.reach(self.config)
         self.status.moment("controller", self.data["controller"])
-        self.start(self.slurm)
+        if not self.blocked or self.joined:
+            self.blocked = True
+            if source().get("source") == "inline":
+                block_metadata(self.status)
+        try:
+            self.start_kubernetes(self.member) if isinstance(self.member, Kubernetes) else self.start(self.member)
+        except NoAnswer:
+            self.data["controller"] = ""  # begin there again
+            raise
+        finally:
+            if read(CONFIG) == self.config.text:
+                self.loaded = signature(CONFIG)
 
-    def prepare(self, config: Config) -> Slurm:
+    def prepare(self, config: Config) -> Slurm | Kubernetes:
         """Find the name and the key."""
         self.data["node"] = node_name(config)
+        if config.platform != "slurm":
+            return platform_of(config, self.data["node"])
         if config.token:
             self.reach(config)
         self.status.moment("secret", place_secret(config, self.data["node"]))
         if read(CONFIG) == config.text:
             self.loaded = signature(CONFIG)
-        return Slurm(config, self.data["node"])
+        return platform_of(config, self.data["node"])
 
     def reach(self, config: Config) -> None:
         """Find a controller that answers."""
@@ -1182,21 +1650,25 @@ class Join:
 
     def start(self, slurm: Slurm) -> None:
         """Start what Slurm needs and wait for the controller's word."""
-        if not self.blocked or self.joined:
-            self.blocked = True
-            if source().get("source") == "inline":
-                block_metadata(self.status)
-        try:
-            slurm.start_munge()
-            slurm.start(self.data["address"])
-            self.status.moment("services", "munge slurmd" if slurm.munge else "slurmd")
-            shown = slurm.registered(self.joined)
-        except NoAnswer:
-            self.data["controller"] = ""  # begin there again
-            raise
+        slurm.start_munge()
+        slurm.start(self.data["address"])
+        self.status.moment("services", "munge slurmd" if slurm.munge else "slurmd")
+        shown = slurm.registered(self.joined)
         self.status.moment("registered", shown.state)
         if not self.joined:
             slurm.check_ready(shown)
+
+    def start_kubernetes(self, kubernetes: Kubernetes) -> None:
+        """Start what Kubernetes needs and wait for the API server's word."""
+        kubernetes.must_have_containerd()
+        if not kubernetes.is_member():
+            self.status.moment("secret", kubernetes.take_token())
+            kubernetes.join(self.data["address"])
+        kubernetes.start()
+        self.status.moment("services", "containerd kubelet")
+        shown = kubernetes.show()
+        self.status.moment("registered", self.data["node"])
+        kubernetes.check_ready(shown)
 
     def arrive(self) -> None:
         """The node is a member: say so, once, and remove the copies of the secret behind us."""
@@ -1206,7 +1678,7 @@ class Join:
         self.status.enter("joined")
         notify("READY=1")
         if first and self.config and source():
-            scrub([read(self.config.key_file)])
+            scrub([read(self.config.key_file)] if self.config.platform == "slurm" else [])
 
     def failed(self, error: Hopeless) -> bool:
         """Say what somebody has to change; False if it changes within a moment: somebody was writing it."""
@@ -1380,44 +1852,26 @@ def leave(now: bool = False, timeout: float = FOREVER, keep: bool = False) -> in
     status, config = Status(), load()
     node = read_status().get("node") or node_name(config)
     status.data.update(platform=config.platform, node=node)
-    slurm = Slurm(config, node)
+    member = platform_of(config, node)
     folder(STATE)
     write(LEFT, b"bakehouse-agent leave was called; bakehouse-agent join undoes it\n", 0o644)
     run("systemctl", "stop", "bakehouse-agent.service", timeout=60)
     locked(wait=True)
     hint = JOIN_AGAIN
     try:
-        if not drain(slurm, status, now, monotonic() + timeout):
-            print(f"{node} is drained, but jobs still run on it: leave again later, or leave --now")
+        if not member.drain(status, now, monotonic() + timeout):
+            print(f"{node} is drained, but {member.WORK} still run on it: leave again later, or leave --now")
             return NOT_YET
         if not keep:
-            slurm.forget()
+            member.forget()
     except Wait as wait:
         status.warn(wait.what)
-        hint = f"the controller was not told: run scontrol delete nodename={node} there"
-    for service in ("slurmd.service", "munge.service"):
-        run("systemctl", "stop", service, timeout=60)
-    remove(RUN + "/munge-key")
+        hint = f"the controller was not told: run {member.BY_HAND.format(node)} there"
+    member.stop()
     status.moment("left", node)
     status.enter("left", hint=hint)
     print(f"{node} has left" if hint == JOIN_AGAIN else f"{node} has left; but {hint}")
     return DONE if hint == JOIN_AGAIN else NOT_YET
-
-
-def drain(slurm: Slurm, status: Status, now: bool, deadline: float) -> bool:
-    """Drain the node until no job is on it; False if that took too long."""
-    reach(slurm.config.controllers)
-    slurm.update("state=drain", f"reason={OUR_REASON}leaving")
-    wait = Wait("jobs on this node to end", "bakehouse-agent leave --now does not wait for them")
-    for attempt in itertools.count(1):
-        shown = slurm.show()
-        if now or not shown or not shown.busy:
-            break
-        status.waiting(wait, attempt, 2)
-        if monotonic() > deadline:
-            return False
-        time.sleep(2)
-    return True
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------

@@ -21,12 +21,14 @@ import os
 import re
 import secrets
 import select
+import shutil
 import signal
 import socket
 import socketserver
 import sqlite3
 import ssl
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -44,7 +46,12 @@ CONFIG = "/etc/bakehouse/broker.yaml"
 LISTEN = "[::]:8444"
 STATE = "/var/lib/bakehouse-broker/tokens.sqlite"
 AUTHENTICATIONS = {"slurm": ("munge", "slurm")}
-"""What each platform knows as authentication; the first is the default."""
+"""What platforms with a key know as authentication; the first is the default."""
+TOKEN_COMMAND = ["kubeadm", "token", "create", "--ttl=15m", "--kubeconfig=/etc/kubernetes/admin.conf"]
+"""What prints a fresh bootstrap token of a Kubernetes cluster."""
+TOKEN_SECONDS = 30
+BOOTSTRAP_TOKEN = re.compile(r"[a-z0-9]{6}\.[a-z0-9]{16}")
+PLATFORMS = (*AUTHENTICATIONS, "kubernetes")
 
 HEAD_BYTES = 8 << 10
 BODY_BYTES = 4 << 10
@@ -110,11 +117,55 @@ def moment(seconds: float | None) -> str:
 
 
 @dataclass(frozen=True)
-class Platform:
+class KeyPlatform:
     """A platform whose key is handed out."""
 
     authentication: str
     key_file: Path
+
+    def secret(self) -> dict[str, str]:
+        """Return what a node is told."""
+        key = base64.b64encode(read_key(self.key_file)).decode()
+        return {"authentication": self.authentication, "key": key}
+
+    def finding(self, name: str) -> str:
+        """Say what there is to hand out."""
+        return f"the key of {name} has {len(read_key(self.key_file))} bytes"
+
+
+@dataclass(frozen=True)
+class TokenPlatform:
+    """A platform of which each node gets a fresh bootstrap token."""
+
+    command: tuple[str, ...]
+
+    def secret(self) -> dict[str, str]:
+        """Return what a node is told."""
+        try:
+            done = subprocess.run(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=TOKEN_SECONDS,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise BrokerError(f"{self.command[0]} cannot be run: {error}", "see token_command") from error
+        token = done.stdout.strip()
+        if done.returncode != 0 or not BOOTSTRAP_TOKEN.fullmatch(token):
+            reason = " ".join(done.stderr.split())[-300:] or "it printed no bootstrap token"
+            raise BrokerError(f"{self.command[0]} made no token: {reason}", "see token_command")
+        return {"token": token}
+
+    def finding(self, name: str) -> str:
+        """Say what there is to hand out."""
+        if not shutil.which(self.command[0]):
+            raise BrokerError(f"there is no program {self.command[0]}", "see token_command")
+        return f"the tokens of {name} come from {self.command[0]}"
+
+
+Platform = KeyPlatform | TokenPlatform
 
 
 @dataclass(frozen=True)
@@ -147,31 +198,37 @@ def _config(data: Any) -> Config:
     address = re.fullmatch(r"(?:\[[\w:.%]+\]|[^:\[\]\s]+):([0-9]{1,5})", str(fields["listen"]), re.ASCII)
     if not address or int(address[1]) > 65535:  # noqa: PLR2004 - the highest port
         raise ValueError(f"listen: must be an address and a port, such as {LISTEN} or 10.0.0.2:8444")
-    platforms = _fields("platforms.", fields["platforms"], dict.fromkeys(AUTHENTICATIONS))
+    platforms = _fields("platforms.", fields["platforms"], dict.fromkeys(PLATFORMS), some=True)
     return Config(
         listen=address[0],
         certificate=_path("certificate", fields["certificate"]),
         private_key=_path("private_key", fields["private_key"]),
         state=_path("state", fields["state"]),
-        platforms={
-            name: _platform(f"platforms.{name}.", value, AUTHENTICATIONS[name]) for name, value in platforms.items()
-        },
+        platforms={name: _platform(f"platforms.{name}.", value, name) for name, value in platforms.items()},
     )
 
 
-def _platform(where: str, value: Any, known: tuple[str, ...]) -> Platform:
+def _platform(where: str, value: Any, name: str) -> Platform:
+    if name not in AUTHENTICATIONS:
+        command = _fields(where, value or {}, {"token_command": TOKEN_COMMAND})["token_command"]
+        if not isinstance(command, list) or not command or not all(isinstance(word, str) for word in command):
+            raise ValueError(f"{where}token_command: must be a list of words, such as {TOKEN_COMMAND}")
+        return TokenPlatform(tuple(command))
+    known = AUTHENTICATIONS[name]
     fields = _fields(where, value, {"authentication": known[0], "key_file": None})
     if fields["authentication"] not in known:
         raise ValueError(f"{where}authentication: must be one of {', '.join(known)}")
-    return Platform(fields["authentication"], _path(f"{where}key_file", fields["key_file"]))
+    return KeyPlatform(fields["authentication"], _path(f"{where}key_file", fields["key_file"]))
 
 
-def _fields(where: str, value: Any, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Check the keys of a mapping, and fill in the defaults; a field without one must be there."""
-    if not isinstance(value, dict):
+def _fields(where: str, value: Any, defaults: dict[str, Any], *, some: bool = False) -> dict[str, Any]:
+    """Check the keys of a mapping, and fill in the defaults; a field without one must be there, or ``some`` of them."""
+    if not isinstance(value, dict) or (some and not value):
         raise ValueError(f"{where.rstrip('.') or 'it'} must hold 'key: value' lines")
     if unknown := [key for key in value if key not in defaults]:
         raise ValueError(f"unknown key '{where}{unknown[0]}' (known: {', '.join(defaults)})")
+    if some:
+        return value
     filled = defaults | value
     if missing := [key for key in defaults if filled[key] is None]:
         raise ValueError(f"'{where}{missing[0]}' is missing")
@@ -293,8 +350,8 @@ def parse_lifetime(text: str) -> int:
 
 def create_token(state: Path, platform: str, node: str, lifetime: int, now: float) -> str:
     """Make a token that is good once, for one node, for a lifetime in seconds. It is stored nowhere in clear."""
-    if platform not in AUTHENTICATIONS:
-        raise BrokerError(f"the platform '{platform}' is not known", f"known: {', '.join(AUTHENTICATIONS)}")
+    if platform not in PLATFORMS:
+        raise BrokerError(f"the platform '{platform}' is not known", f"known: {', '.join(PLATFORMS)}")
     if not NODE.fullmatch(node):
         raise BrokerError(f"the node name '{node}' is not a host name", "its first label only: a-z, 0-9, hyphens")
     if not 0 < lifetime <= LONGEST_LIFETIME:
@@ -326,8 +383,12 @@ def revoke_tokens(state: Path, which: str, now: float) -> list[Token]:
     return [dataclasses.replace(token, revoked=int(now)) for token in chosen]
 
 
-def use_token(state: Path, token: str, platform: str, node: str, address: str, now: float, claim: str = "") -> None:
+def use_token(
+    state: Path, token: str, platform: str, node: str, address: str, now: float, claim: str = "", *, look: bool = False
+) -> None:
     """Use a token up. Of any number of simultaneous requests, in any number of processes, one succeeds.
+
+    With ``look`` nothing is used up: it is only said whether it could be.
 
     A node that was killed before it had the answer may ask again within AGAIN_SECONDS: it sends the same claim, a
     secret that it made for this token and that nobody else knows. A replay without it is refused.
@@ -344,7 +405,7 @@ def use_token(state: Path, token: str, platform: str, node: str, address: str, n
         judged = dataclasses.replace(known, used=None) if known and again else known
         if reason := _objection(judged, platform, node, now):
             raise RefusedError(HTTPStatus.UNAUTHORIZED, f"token refused: {reason}")
-        if not again:
+        if not again and not look:
             change = "UPDATE tokens SET used = ?, used_by = ?, claim = ? WHERE hash = ?"
             connection.execute(change, (int(now), address, claimed, digest))
 
@@ -664,14 +725,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def _take(self, token: str, platform: str, node: str, claim: str) -> dict[str, str]:
         """Use the token up, after all that can go wrong before."""
-        served = self.server.config.platforms[platform]
-        key = base64.b64encode(read_key(served.key_file)).decode()
+        state, clock = self.server.config.state, self.server.clock
+        # Nobody without a good token makes us do any work.
+        use_token(state, token, platform, node, self.who, clock(), claim, look=True)
+        secret = self.server.config.platforms[platform].secret()
         hung_up = select.poll()
         hung_up.register(self.connection, select.POLLRDHUP)
         if hung_up.poll(0):  # One that was kept waiting too long should not lose its token.
             raise ConnectionAbortedError(f"{node} went away; its token was not used up")
-        use_token(self.server.config.state, token, platform, node, self.who, self.server.clock(), claim)
-        return {"platform": platform, "node": node, "authentication": served.authentication, "key": key}
+        use_token(state, token, platform, node, self.who, clock(), claim)
+        return {"platform": platform, "node": node, **secret}
 
     def _hand_over(self, answer: dict[str, str]) -> None:
         try:
@@ -743,12 +806,13 @@ def findings(config: Config) -> Iterator[tuple[int, str]]:
         level = WARNING if ends - time.time() < WARN_SECONDS else INFO
         yield level, f"the certificate is for {', '.join(names)} and ends {moment(ends)}"
         for name, platform in config.platforms.items():
-            yield INFO, f"the key of {name} has {len(read_key(platform.key_file))} bytes"
+            yield INFO, platform.finding(name)
         good = sum(token.status(time.time()) == "good" for token in list_tokens(config.state))
         yield INFO, f"the state {config.state} holds {good} good tokens"
     except BrokerError as error:
         yield ERROR, str(error)
-    for path in (config.private_key, *(platform.key_file for platform in config.platforms.values())):
+    key_files = [platform.key_file for platform in config.platforms.values() if isinstance(platform, KeyPlatform)]
+    for path in (config.private_key, *key_files):
         if path.exists() and path.stat().st_mode & 0o007:
             yield WARNING, f"{path} is open to others: chmod 0400 {path}"
 

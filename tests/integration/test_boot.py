@@ -85,7 +85,7 @@ def test_debian_12_bakes_too(real_settings: Settings) -> None:
 @pytest.mark.long
 def test_debian_12_joins(real_settings: Settings) -> None:
     record, _ = bake(real_settings, "slurm-debian-12")
-    store, probe = LocalStore(real_settings.store), BaseCache(real_settings.cache).kvm
-    result = verify.verify(record, store, probe, Console(width=160), firmware="uefi").verification
+    store = LocalStore(real_settings.store)
+    result = verify.verify(record, store, real_settings, Console(width=160), firmware="uefi").verification
     assert result is not None
     assert [check for check in [*result.checks, *result.suite] if not check.passed] == []

@@ -15,7 +15,6 @@ import pytest
 from rich.console import Console
 
 from bakehouse import cluster, timeline, userdata, verify
-from bakehouse.cache import BaseCache
 from bakehouse.cluster import Cluster
 from bakehouse.harness import BootMachine
 from bakehouse.machine import Machine
@@ -47,12 +46,12 @@ def status(node: Machine) -> dict[str, Any]:
 
 def test_verify_passes_and_says_what_it_saw(baked: Record, real_settings: Settings) -> None:
     store = LocalStore(real_settings.store)
-    found = verify.verify(baked, store, BaseCache(real_settings.cache).kvm, Console(width=160))
+    found = verify.verify(baked, store, real_settings, Console(width=160))
     result = found.verification
     assert result is not None
     assert [check for check in [*result.checks, *result.suite] if not check.passed] == []
     assert result.result == "passed"
-    assert len(result.checks) == len(verify.STAGES)
+    assert len(result.checks) == len(verify.stages("slurm"))
     assert len(result.suite) > 30
     assert result.timeline is not None
     moments = [moment.name for moment in result.timeline.moments]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bakehouse import accounting, slurm
+from bakehouse.chroot import Chroot
 from bakehouse.errors import BakehouseError
 
 
@@ -24,6 +25,8 @@ class FakeController:
         self.commands: list[str] = []
         self.daemons: list[str] = []
         self.replaced: list[tuple[str, str]] = []
+
+    install = Chroot.install
 
     def path(self, inside: str) -> Path:
         return self.folder / inside
@@ -81,7 +84,9 @@ def test_mirrors_that_do_not_serve_it_are_told(tmp_path: Path, monkeypatch: pyte
         return subprocess.CompletedProcess(command, 100, "", "E: Unable to locate package slurmdbd")
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(BakehouseError, match="slurmdbd and its database cannot be installed") as caught:
+    with pytest.raises(
+        BakehouseError, match="slurmdbd, mariadb-server, slurm-wlm-mysql-plugin cannot be installed"
+    ) as caught:
         accounting.install(controller, "trixie", ("http://mirror/debian", "http://mirror/security"))
     assert "Unable to locate package" in caught.value.log
     assert controller.replaced == []

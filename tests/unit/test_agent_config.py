@@ -82,7 +82,7 @@ secret:
 @pytest.mark.parametrize(
     ("path", "value", "fault"),
     [
-        ("platform", "kubernetes", "platform: 'kubernetes' is not a platform that this agent knows: slurm"),
+        ("platform", "nomad", "platform: 'nomad' is not a platform that this agent knows: slurm, kubernetes"),
         ("platform", ["slurm"], "platform: must be"),
         ("nod", {}, "nod: not known; did you mean node?"),
         ("slurm.controllrs", [], "slurm.controllrs: not known; did you mean controllers?"),

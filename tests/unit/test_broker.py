@@ -671,7 +671,7 @@ def test_a_mistake_of_ours_is_logged_without_what_was_sent(
 ) -> None:
     secret = served.token()
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise KeyError(secret)
 
     monkeypatch.setattr(broker, "use_token", fail)
@@ -945,8 +945,8 @@ def test_what_is_not_said_has_a_default(tmp_path: Path) -> None:
         (BASE + "listen: '[::]:65536'", "listen: must be an address and a port"),
         (BASE + "state: tokens.sqlite", "state: must be a path that begins with /"),
         (BASE.replace("/k", "[]"), "private_key: must be a path that begins with /"),
-        (BASE.replace("{slurm: {key_file: /m}}", "{}"), "'platforms.slurm' is missing"),
-        (BASE.replace("slurm", "nomad"), "unknown key 'platforms.nomad' (known: slurm)"),
+        (BASE.replace("{slurm: {key_file: /m}}", "{}"), "platforms must hold 'key: value' lines"),
+        (BASE.replace("slurm", "nomad"), "unknown key 'platforms.nomad' (known: slurm, kubernetes)"),
         (BASE.replace("key_file", "key"), "unknown key 'platforms.slurm.key' (known: authentication, key_file)"),
         (BASE.replace("{key_file: /m}", "{}"), "'platforms.slurm.key_file' is missing"),
         (BASE.replace("{key_file: /m}", "x"), "platforms.slurm must hold 'key: value' lines"),

@@ -430,7 +430,7 @@ def test_an_image_that_cannot_be_verified_is_told(invoke: Tasks, words: list[str
 def test_a_platform_that_cannot_be_verified_is_told_and_no_failure(invoke: Tasks) -> None:
     invoke.add(TAG, platform="roce")
     done = invoke.run("verify", TAG)
-    assert "images of the platform roce cannot be verified yet" in done.err
+    assert "images of the platform roce cannot be verified" in done.err
     assert LocalStore(invoke.store).get(TAG).verification is None
 
 
@@ -493,7 +493,7 @@ def test_a_bake_of_what_cannot_be_verified_says_so_and_is_good(invoke: Tasks, ba
     invoke.add(TAG, platform="roce")
     done = baking("--json")
     assert (done.status, json.loads(done.out)["verification"]) == (0, None)
-    assert "not verified: images of the platform roce cannot be verified yet" in done.err
+    assert "not verified: images of the platform roce cannot be verified" in done.err
 
 
 def test_a_bake_on_a_host_that_cannot_verify_says_that_the_image_is_there(
@@ -585,7 +585,12 @@ def test_a_broker_is_given_whole(invoke: Tasks, secrets: Path, flags: list[str],
     [
         ([], "no controller is given"),
         (["--controller", "ctl:0"], "the controller 'ctl:0' has no port from 1 to 65535"),
-        (["--controller", "ctl", "--platform", "kubernetes"], "user-data for the platform 'kubernetes' comes later"),
+        (["--platform", "kubernetes"], "no API server is given"),
+        (
+            ["--platform", "kubernetes", "--api-server", "api"],
+            "neither a hash of the cluster's CA nor a discovery file",
+        ),
+        (["--controller", "ctl", "--platform", "roce"], "--platform roce: it is one of slurm, kubernetes"),
         (["--controller", "ctl", "--path", "hybrid"], "user-data for the path 'hybrid' comes later"),
         (["--controller", "ctl", "--hardware", "many"], "'many' says nothing of hardware"),
         (["--controller", "ctl", "--node", "a.b"], "'a.b' cannot be a node's name"),
@@ -665,7 +670,10 @@ def test_tokens_are_listed_and_revoked(invoke: Tasks, broker: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["--platform", "slrum", "--node", "a"], "--platform slrum: it is one of slurm (did you mean 'slurm'?)"),
+        (
+            ["--platform", "slrum", "--node", "a"],
+            "--platform slrum: it is one of slurm, kubernetes (did you mean 'slurm'?)",
+        ),
         (["--platform", "slurm", "--node", "a", "--lifetime", "ever"], "ever"),
         (["--platform", "slurm", "--node", "a", "--lifetime", "99d"], "99d"),
         (["--platform", "slurm", "--node", "a b"], "a b"),
@@ -717,7 +725,7 @@ def test_no_cluster_is_a_status_too(invoke: Tasks) -> None:
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["kubernetes"], "cluster.up kubernetes: it is one of slurm"),
+        (["roce"], "cluster.up roce: it is one of slurm, kubernetes"),
         (["slurm", "--authentication", "mung"], "--authentication mung: it is one of munge, slurm"),
         (["slurm"], "there is no image 'slurm'"),
         (["slurm", "--image", "2027"], "there is no image '2027'"),

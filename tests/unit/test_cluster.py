@@ -89,7 +89,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         place.path(controller.key_file).chmod(0o400)
         place.path(cluster.NOTE).write_text(json.dumps({"authentication": "munge"}))
         broker = Broker(place)
-        broker.prepare(controller)
+        broker.prepare({"slurm": {"authentication": "munge", "key_file": str(controller.key_file)}})
         broker.start()
         yield Cluster(place, controller, broker)
 

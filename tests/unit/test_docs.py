@@ -6,7 +6,7 @@ import json
 import re
 
 from bakehouse import REPOSITORY, manifest
-from bakehouse.manifest import Disk, Manifest
+from bakehouse.manifest import Disk, Kubernetes, Manifest
 from bakehouse.settings import Settings
 from tasks import namespace
 
@@ -19,7 +19,11 @@ def test_every_setting_is_documented_with_its_variable() -> None:
 
 def test_every_field_of_a_manifest_is_documented() -> None:
     text = (REPOSITORY / "docs/image-authors.md").read_text()
-    names = [*Manifest.model_fields.keys() - {"disk"}, *(f"disk.{name}" for name in Disk.model_fields)]
+    names = [
+        *Manifest.model_fields.keys() - {"disk", "kubernetes"},
+        *(f"disk.{name}" for name in Disk.model_fields),
+        *(f"kubernetes.{name}" for name in Kubernetes.model_fields),
+    ]
     for name in names:
         assert f"| `{name}` |" in text
 

@@ -137,7 +137,7 @@ def test_a_daemon_that_ended_is_told_with_its_last_words(controller: Quiet, plac
     controller.says("Slurmctld(primary) at controller is DOWN")
     with pytest.raises(BakehouseError, match="slurmctld ended") as caught:
         controller.daemon("slurmctld", ["slurmctld"])
-        controller._wait("slurmctld", lambda: False)
+        controller.wait_for("slurmctld", lambda: False)
     assert caught.value.log == "fatal: no key"
     assert place.started == [["chroot", str(controller.root), "slurmctld"]]
 

@@ -218,7 +218,6 @@ def test_a_controller_that_cannot_be_one_is_refused(controller: str) -> None:
     ("given", "message"),
     [
         ({"controllers": ()}, "no controller is given"),
-        ({"platform": "kubernetes"}, "the platform 'kubernetes' comes later"),
         ({"path": "bootstrap"}, "the path 'bootstrap' comes later"),
         ({"path": "hybrid"}, "the path 'hybrid' comes later"),
         ({"authentication": "none"}, "'none' is no way to authenticate"),

@@ -20,6 +20,7 @@ from bakehouse.host import Tool
 from bakehouse.machine import Login, Machine
 from bakehouse.progress import Progress
 from bakehouse.record import FILE_NAME, Check, Record, Verification
+from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
 from bakehouse.timeline import FIRST_JOB, GUEST_COMMAND, JOINED
 from bakehouse.verify import Suites
@@ -192,7 +193,7 @@ class World:
 
     def verify(self, **options: Any) -> Verification:
         shown = Console(file=self.output, width=160)
-        found = verify.verify(self.store.get(TAG), self.store, self.folder / "kvm", shown, **options)
+        found = verify.verify(self.store.get(TAG), self.store, Settings(cache=self.folder), shown, **options)
         assert self.store.get(TAG) == found, "the record says so too"
         assert found.verification is not None
         return found.verification
@@ -245,7 +246,7 @@ def test_the_key_is_not_in_the_evidence(world: World) -> None:
 
 def test_each_step_is_shown_with_its_seconds(world: World) -> None:
     world.verify()
-    for stage in verify.STAGES:
+    for stage in verify.stages("slurm"):
         assert f"{stage}: done, " in world.output.getvalue()
 
 
@@ -387,7 +388,7 @@ def test_a_verification_that_is_stopped_says_nothing_of_the_image(world: World, 
 
 def test_an_image_of_another_platform_is_not_marked(world: World) -> None:
     world.store.amend(TAG, {"platform": "roce"})
-    with pytest.raises(BakehouseError, match="images of the platform roce cannot be verified yet"):
+    with pytest.raises(BakehouseError, match="images of the platform roce cannot be verified"):
         world.verify()
     assert world.store.get(TAG).verification is None
 
@@ -440,7 +441,7 @@ def test_a_node_that_does_not_tell_its_timeline_is_told_in_one_sentence(world: W
 
 @pytest.fixture
 def job() -> verify._Run:
-    return verify._Run(record(), Progress("", verify.STAGES, Console(file=io.StringIO())))
+    return verify._Run(record(), Progress("", verify.stages("slurm"), Console(file=io.StringIO())))
 
 
 def test_a_check_that_passes_is_noted(job: verify._Run) -> None:
