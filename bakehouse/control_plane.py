@@ -117,6 +117,8 @@ class ControlPlane(Chroot):
             {
                 "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
                 "cgroupDriver": "systemd", "rotateCertificates": True,
+                # Five minutes by default: tests would wait for it.
+                "evictionPressureTransitionPeriod": "20s",
             },
             {"apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration", "mode": "iptables"},
         ]  # fmt: skip

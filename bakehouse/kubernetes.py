@@ -30,7 +30,7 @@ def environment(image: Manifest, settings: Settings) -> dict[str, str]:
         return {}
     folder = settings.kubernetes_images
     return {
-        "DIB_KUBERNETES_VERSION": image.kubernetes.version,
+        "DIB_KUBERNETES_VERSION": image.kubernetes.version or "",
         "DIB_KUBERNETES_PACKAGES": settings.kubernetes_packages,
         "DIB_KUBERNETES_KEY": settings.kubernetes_key,
         "DIB_KUBERNETES_IMAGES": " ".join(image.kubernetes.images),

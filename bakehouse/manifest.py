@@ -122,8 +122,8 @@ class Kubernetes(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Annotated[str, AfterValidator(_version)] = Field(
-        description="The one version of kubelet, kubeadm and kubectl, such as '1.35.5'."
+    version: Annotated[str, AfterValidator(_version)] | None = Field(
+        default=None, description="The one version of kubelet, kubeadm and kubectl, such as '1.35.5'."
     )
     images: list[Annotated[str, AfterValidator(_container_image)]] = Field(
         default=["pause", "kube-proxy", "coredns"],
@@ -275,7 +275,7 @@ def resolve(name: str, places: list[Path], overrides: dict[str, Any] | None = No
             f"{known[name]}:1: neither {name} nor what it extends sets 'release'",
             hint=f"add 'release: {next(iter(RELEASES))}'",
         )
-    if manifest.platform == "kubernetes" and manifest.kubernetes is None:
+    if manifest.platform == "kubernetes" and not (manifest.kubernetes and manifest.kubernetes.version):
         raise BakehouseError(
             f"{merged.where(('platform',))}: a kubernetes image needs 'kubernetes' with a version",
             hint="extend the manifest 'kubernetes', or add 'kubernetes: {version: \"1.35.5\"}'",

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from bakehouse.errors import BakehouseError
+from bakehouse.run import redact
 
 FieldPath = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
@@ -145,7 +146,7 @@ def _describe(model: type[BaseModel], document: Document, item: Any) -> str:
         allowed = str(item["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
         message = f"'{item['input']}' is not one of {', '.join(allowed)}" + did_you_mean(str(item["input"]), allowed)
     elif "input" in item and item["type"] != "missing" and not isinstance(item["input"], dict | list):
-        message = f"{message} (it is {item['input']!r})"
+        message = f"{message} (it is {redact(repr(item['input']))})"
     return f"{where}: {name}: {message}"
 
 

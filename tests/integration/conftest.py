@@ -22,11 +22,16 @@ from bakehouse.store import LocalStore
 DEBS = "debs-*"
 
 
+def host_cache() -> Path:
+    """Return the host's own cache: what takes long to have and does not change the results is shared with it."""
+    return site_settings.load(environment={}).cache
+
+
 @pytest.fixture(scope="session")
 def real_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     """A store and a cache of their own. Downloaded packages are shared with the host's cache, nothing else is."""
     folder = tmp_path_factory.mktemp("real")
-    host = site_settings.load(environment={}).cache
+    host = host_cache()
     cache = folder / "cache"
     cache.mkdir()
     for debs in host.glob(DEBS):
@@ -65,7 +70,7 @@ def baked(real_settings: Settings) -> Record:
 def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
     """A real Keystone and Glance. Their virtual environment is shared with the host's cache."""
     folder = tmp_path_factory.mktemp("openstack")
-    cache = site_settings.load(environment={}).cache
+    cache = host_cache()
     with host_environment():
         made = local_cloud.up(
             cache, folder=folder / "cloud", name="test", clouds_file=folder / "clouds.yaml", tied=True, say=print
