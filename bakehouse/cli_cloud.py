@@ -303,8 +303,8 @@ def channels(*, cloud: str, region: str, platform: str, as_json: bool) -> None:
     table = Table("Manifest", "Channel", "Move", "Tag", "When", "From", "By", "", box=None, pad_edge=False)
     for past in histories:
         for move in reversed(past.moves):
-            points = past.current is not None and move is past.moves[-1]
-            note = ("[green]points here[/] " if points else "") + ("[yellow]forced[/]" if move.forced else "")
+            points = "[green]points here[/] " if past.current else "[bold red]points here, deleted[/] "
+            note = (points if move is past.moves[-1] else "") + ("[yellow]forced[/]" if move.forced else "")
             kind = move.kind if move.kind == "promote" else f"[yellow]{move.kind}[/]"
             row = [move.tag, move.at.replace("T", " ").rstrip("Z"), move.before or "-", escape(move.by), note]
             table.add_row(past.name, past.channel, f"{move.number} {kind}", *row)
@@ -312,13 +312,13 @@ def channels(*, cloud: str, region: str, platform: str, as_json: bool) -> None:
 
 
 def _history_facts(past: channel.History) -> dict[str, Any]:
-    now, back = past.current, past.previous
+    now, back = past.current, past.back
     return {
         "platform": past.name,
         "channel": past.channel,
         "tag": now.tag if now else None,
         "id": now.id if now else None,
-        "rollback": back.tag if back else None,
+        "rollback": back[0].tag if back else None,
         "moves": [dataclasses.asdict(move) for move in past.moves],
     }
 
