@@ -48,14 +48,15 @@ def plan(
 ) -> list[Verdict]:
     """Say what shall become of each image, the newest first.
 
-    An image stays if it is one of the newest, if a channel points to it or may be rolled back to it, if a lock file
-    pins it, or if a server was made of it.
+    An image stays if it is one of the newest or the newest that passed its verification, if a channel points to it or
+    may be rolled back to it, if a lock file pins it, or if a server was made of it.
 
     Args:
         catalogue: what is in the cloud.
         usage: what servers use.
         pins: ids that lock files pin, and which file does.
-        keep: how many of each manifest stay in any case, the newest.
+        keep: how many of each manifest stay in any case, the newest. Images that failed their verification and those
+            that nothing can be made of do not count.
         rollback_steps: how many steps back each channel shall be able to go.
         names: only images of these manifests; of all where empty.
 
@@ -77,7 +78,7 @@ def plan(
     found = []
     for name in chosen:
         images = catalogue.named(name)
-        newest = [image.id for image in images if not image.incoming][:keep]
+        newest = _newest(images, keep)
         for image in images:
             why = _reason_to_stay(image, newest, pointed, needed, pins, usage, catalogue.cloud.clock)
             age = max(catalogue.cloud.clock - image.image.created, datetime.timedelta(0))
@@ -85,9 +86,20 @@ def plan(
     return found
 
 
+def _newest(images: list[Published], keep: int) -> dict[str, str]:
+    """Return the images that stay for their age, by id, each with the reason."""
+    good = [image.id for image in images if image.usable and image.verified != "failed"][:keep]
+    whole = [image.id for image in images if not image.incoming]
+    last = whole.index(good[-1]) + 1 if len(good) == keep else len(whole)
+    found = dict.fromkeys(whole[:last], f"not {keep} good ones are newer")
+    passed = [image.id for image in images if image.usable and image.verified == "passed"][:1]
+    found |= dict.fromkeys(passed, "the newest that passed its verification")
+    return found | dict.fromkeys(good, f"one of the {len(good)} newest")
+
+
 def _reason_to_stay(
     image: Published,
-    newest: list[str],
+    newest: Mapping[str, str],
     pointed: Mapping[str, list[str]],
     needed: Mapping[str, str],
     pins: Mapping[str, Path],
@@ -102,9 +114,8 @@ def _reason_to_stay(
         f"used by {servers} server{'s' if servers != 1 else ''}": servers > 0,
         "protected": image.image.protected,
         "its upload may still be going on": image.incoming and now - image.image.updated < STALE,
-        f"one of the {len(newest)} newest": image.id in newest,
     }
-    return next((why for why, holds in reasons.items() if holds), "")
+    return next((why for why, holds in reasons.items() if holds), newest.get(image.id, ""))
 
 
 def _reason_to_go(image: Published, keep: int) -> str:

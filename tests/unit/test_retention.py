@@ -31,6 +31,34 @@ def test_the_newest_stay_and_the_others_go() -> None:
     assert found[TAGS[0]] == (True, "2 newer ones are there")
 
 
+def test_three_bad_nights_do_not_take_the_last_good_image() -> None:
+    cloud = cloud_with(*TAGS)
+    for tag, bad in zip(TAGS[1:4], ({"bakehouse_verified": "failed"}, {"status": "deactivated"}) * 2, strict=False):
+        cloud.images[f"slurm-{tag}"] |= bad
+    found = verdicts(cloud, keep=2)
+    assert found[TAGS[0]] == (False, "one of the 2 newest")
+    assert found[TAGS[1]] == found[TAGS[2]] == (False, "not 2 good ones are newer")
+    assert {tag for tag, (delete, _) in verdicts(cloud, keep=1).items() if delete} == set(TAGS[:4])
+
+
+def test_the_newest_that_is_known_to_work_stays() -> None:
+    cloud = cloud_with(*TAGS)
+    for tag in TAGS[2:]:
+        cloud.images[f"slurm-{tag}"]["bakehouse_verified"] = "none"
+    found = verdicts(cloud, keep=3)
+    assert found[TAGS[1]] == (False, "the newest that passed its verification")
+    assert found[TAGS[0]] == (True, "3 newer ones are there")
+
+
+def test_what_is_out_of_service_is_no_step_back() -> None:
+    cloud = cloud_with(*TAGS)
+    for tag in TAGS[:3]:
+        channel.promote(cloud, "", tag, "stable")
+    cloud.images[f"slurm-{TAGS[1]}"]["status"] = "deactivated"
+    found = verdicts(cloud, steps=1)
+    assert found[TAGS[0]] == (False, "channel stable may be rolled back to it")
+
+
 def test_newest_is_what_was_baked_last_not_what_was_uploaded_last() -> None:
     cloud = cloud_with(TAGS[2])
     cloud.time += datetime.timedelta(hours=1)
