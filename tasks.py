@@ -256,7 +256,7 @@ def _prune_images(
 ) -> None:
     """Show which published images are not needed any more and why; delete them with --yes.
 
-    Stays: what a channel points to or may be rolled back to, what an images.lock.yaml in this folder or below pins,
+    Stays: what a channel points to or may be rolled back to, what an images.lock.yaml in this git repository pins,
     what a server was made of, and the newest of each manifest.
 
     Examples:

@@ -134,10 +134,27 @@ def _hcl(value: str) -> str:
     return json.dumps(value, ensure_ascii=False).replace("${", "$${").replace("%{", "%%{")
 
 
+def top(folder: Path) -> Path:
+    """Return the top folder of the git repository that a folder is in; the folder itself where it is in none."""
+    folder = folder.resolve()
+    return next((place for place in (folder, *folder.parents) if (place / ".git").exists()), folder)
+
+
 def find(folder: Path) -> list[Path]:
-    """Return the lock files in a folder and below it; not in those of tools and of version control."""
+    """Return the lock files in a folder and below it; not in those of tools and of version control.
+
+    Raises:
+        BakehouseError: a folder cannot be read. Whether there are lock files in it is not known then.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise BakehouseError(
+            f"{error.filename} cannot be read: {error.strerror}; what lock files in it pin is not known",
+            hint="run it as somebody who may read it, or in the folder of your deploy configs",
+        ) from error
+
     found = []
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(set(folders) - SKIPPED)
         if FILE_NAME in files:
             found.append(Path(place) / FILE_NAME)

@@ -153,14 +153,16 @@ def pinned(folder: Path, more: Iterable[Path] = ()) -> dict[str, Path]:
     """Return the ids that lock files pin, and which file does.
 
     Args:
-        folder: searched with all below it for files named images.lock.yaml.
+        folder: the git repository that it is in is searched for files named images.lock.yaml; without one, the folder
+            and all below it.
         more: other lock files.
 
     Raises:
-        BakehouseError: a lock file cannot be read. What it pins is not known then, and nothing may be deleted.
+        BakehouseError: a lock file or a folder cannot be read. What it pins is not known then, and nothing may be
+            deleted.
     """
     found: dict[str, Path] = {}
-    for path in [*pin.find(folder), *more]:
+    for path in [*pin.find(pin.top(folder)), *more]:
         for entry in pin.read(path).images:
             found.setdefault(entry.id, path)
     return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import errno
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -141,6 +143,30 @@ def test_lock_files_are_found_below_a_folder(tmp_path: Path) -> None:
     pin.write(tmp_path / "other.yaml", a_pin(9))
     found = retention.pinned(tmp_path, [tmp_path / "other.yaml"])
     assert {identity[-1] for identity in found} == {"0", "1", "9"}
+
+
+def test_lock_files_of_the_whole_repository_count(tmp_path: Path) -> None:
+    for number, place in enumerate(("", "deploy/prod", "deploy/test")):
+        pin.write(tmp_path / "repository" / place / pin.FILE_NAME, a_pin(number))
+    pin.write(tmp_path / pin.FILE_NAME, a_pin(9))
+    here = tmp_path / "repository" / "deploy" / "test"
+    assert {identity[-1] for identity in retention.pinned(here)} == {"2"}
+    (tmp_path / "repository" / ".git").mkdir()
+    assert {identity[-1] for identity in retention.pinned(here)} == {"0", "1", "2"}
+
+
+def test_a_folder_that_cannot_be_read_stops_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    look = os.scandir
+
+    def scandir(folder: str) -> object:
+        if str(folder).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return look(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(BakehouseError, match="closed cannot be read: Permission denied; what lock files in it pin"):
+        retention.pinned(tmp_path)
 
 
 def test_a_lock_file_that_cannot_be_read_stops_everything(tmp_path: Path) -> None:
