@@ -333,18 +333,22 @@ def prune(
     settings = site.load()
     pins = retention.pinned(Path.cwd(), [Path(name).expanduser() for name in locks])
     with _connect(settings, cloud, region) as connected:
-        catalogue = _catalogue(connected, settings)
-        usage = compute.usage(connected)
-        verdicts = retention.plan(
-            catalogue, usage, pins, keep=keep, rollback_steps=settings.rollback_steps, names=platforms
-        )
+
+        def plan() -> tuple[list[retention.Verdict], compute.Usage]:
+            usage = compute.usage(connected)
+            catalogue, steps = _catalogue(connected, settings), settings.rollback_steps
+            found = retention.plan(catalogue, usage, pins, keep=keep, rollback_steps=steps, names=platforms)
+            return found, usage
+
+        verdicts, usage = plan()
         going = [verdict for verdict in verdicts if verdict.delete]
         if not as_json:
             _print_verdicts(verdicts, usage, connected)
-        done = retention.delete(catalogue, verdicts) if yes else []
+        done = retention.delete(connected, verdicts, plan()[0]) if yes and going else []
     if as_json:
         failed = {gone.image.id: gone.error for gone in done}
-        print_json([_verdict_facts(verdict) | {"error": failed.get(verdict.image.id)} for verdict in verdicts])
+        rows = [_verdict_facts(verdict) | {"error": failed.get(verdict.image.id)} for verdict in verdicts]
+        print_json({"usage": {"known": usage.known, "reason": usage.reason}, "images": rows})
     elif going and not yes:
         console.print("\nNothing was deleted: [bold]--yes[/] does it.", highlight=False)
     elif yes:

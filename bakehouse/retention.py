@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bakehouse import channel, pin
-from bakehouse.cloud import CloudError
+from bakehouse.cloud import Cloud, CloudError
 from bakehouse.compute import Usage
 from bakehouse.errors import BakehouseError
 from bakehouse.glance import Glance
@@ -122,30 +122,35 @@ def _reason_to_go(image: Published, keep: int) -> str:
     return "its upload never came to its end" if image.incoming else f"{keep} newer ones are there"
 
 
-def delete(catalogue: Catalogue, verdicts: Iterable[Verdict]) -> list[Gone]:
+def delete(cloud: Cloud, verdicts: Iterable[Verdict], again: Iterable[Verdict]) -> list[Gone]:
     """Delete what a plan says. One that cannot be deleted keeps no other from it.
 
-    Each is looked at once more before: somebody may have promoted it since the plan was made.
+    Args:
+        cloud: where the images are.
+        verdicts: the plan.
+        again: the same plan, made anew just now. Meanwhile somebody may have promoted an image, made a server of it, or
+            brought its upload to its end: only what both plans delete goes, and only if it is as it was.
     """
-    glance = Glance(catalogue.cloud)
+    latest = {verdict.image.id: verdict for verdict in again}
     done = []
     for verdict in verdicts:
         if not verdict.delete:
             continue
         try:
-            done.append(Gone(verdict.image, _delete_one(glance, verdict.image)))
+            done.append(Gone(verdict.image, _delete_one(Glance(cloud), verdict.image, latest.get(verdict.image.id))))
         except CloudError as error:
             done.append(Gone(verdict.image, error.message))
     return done
 
 
-def _delete_one(glance: Glance, image: Published) -> str:
+def _delete_one(glance: Glance, image: Published, latest: Verdict | None) -> str:
+    if latest and not latest.delete:
+        return f"it is needed since the plan was made: {latest.why}"
     now = glance.get(image.id)
-    if now is None:
-        return ""
-    if Published(now).moves != image.moves or now.status != image.image.status:
+    if now is not None and now != image.image:
         return "it has changed since the plan was made: look again"
-    glance.delete(now)
+    if now is not None:
+        glance.delete(now)
     return ""
 
 

@@ -590,7 +590,8 @@ def test_prune_shows_first_and_keeps_what_is_needed(shop: Shop) -> None:
     (shop.folder / "deploy").mkdir()
     shop.good("pin", "--platform", "slurm", "--tag", THIRD, "--file", "deploy/images.lock.yaml")
     plan = shop.good("prune", "--keep", "1", "--json").json
-    verdicts = {row["tag"]: row["why"] for row in plan if not row["delete"]}
+    assert not plan["usage"]["known"]
+    verdicts = {row["tag"]: row["why"] for row in plan["images"] if not row["delete"]}
     assert verdicts[OTHER] == "channel stable"
     assert verdicts[TAG] == "channel stable may be rolled back to it"
     assert "images.lock.yaml" in verdicts[THIRD]

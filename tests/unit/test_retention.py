@@ -14,7 +14,7 @@ from bakehouse import channel, compute, pin, retention
 from bakehouse.compute import Usage
 from bakehouse.errors import BakehouseError
 from bakehouse.pin import Pin
-from bakehouse.published import Catalogue
+from bakehouse.published import PUBLISHED, STATE, Catalogue
 from tests.fake_glance import FakeCloud
 from tests.unit.test_channel import TAGS, cloud_with
 
@@ -110,15 +110,34 @@ def test_protected_ones_and_running_uploads_stay() -> None:
 
 
 def test_what_changed_since_the_plan_is_left_alone() -> None:
-    cloud = cloud_with(*TAGS[:3])
-    catalogue = Catalogue.read(cloud)
-    plan = retention.plan(catalogue, UNKNOWN, {}, keep=1, rollback_steps=3)
+    cloud = cloud_with(*TAGS)
+    cloud.images[f"slurm-{TAGS[2]}"][STATE] = "incoming"
+    cloud.time += 2 * retention.STALE
+    before = planned(cloud)
+    assert [verdict.image.tag for verdict in before if verdict.delete] == TAGS[3::-1]
     channel.promote(cloud, "", TAGS[0], "stable")
+    usage = Usage("all projects", "", Counter({f"slurm-{TAGS[1]}": 1}))
+    after = planned(cloud, usage)
+    cloud.images[f"slurm-{TAGS[2]}"][STATE] = PUBLISHED
     cloud.fail("DELETE", 409, "image is in use")
-    done = {gone.image.tag: gone.error for gone in retention.delete(catalogue, plan)}
-    assert "changed since the plan" in done[TAGS[0]]
-    assert "in use" in done[TAGS[1]]
-    assert len(cloud.images) == 3
+    done = {gone.image.tag: gone.error for gone in retention.delete(cloud, before, after)}
+    assert done[TAGS[0]] == "it is needed since the plan was made: channel stable"
+    assert done[TAGS[1]] == "it is needed since the plan was made: used by 1 server"
+    assert "it has changed since the plan was made" in done[TAGS[2]], "another publisher has just shown it"
+    assert "in use" in done[TAGS[3]]
+    assert len(cloud.images) == 5
+
+
+def planned(cloud: FakeCloud, usage: Usage = UNKNOWN) -> list[retention.Verdict]:
+    return retention.plan(Catalogue.read(cloud), usage, {}, keep=1, rollback_steps=3)
+
+
+def test_what_both_plans_delete_goes() -> None:
+    cloud = cloud_with(*TAGS)
+    before = planned(cloud)
+    del cloud.images[f"slurm-{TAGS[0]}"]
+    assert [gone.error for gone in retention.delete(cloud, before, planned(cloud))] == [""] * 4
+    assert [*cloud.images] == [f"slurm-{TAGS[4]}"]
 
 
 def test_bad_requests_are_told() -> None:
