@@ -225,14 +225,15 @@ def _rollback(
     channel: str,
     cloud: str = "",
     region: str = "",
+    force: bool = False,
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
-    """Move a channel back to the image before.
+    """Move a channel back to the image before. Refuses one that is not verified.
 
     Example: invoke rollback --platform slurm --channel stable --cloud mycloud
     """
-    cli_cloud.rollback(platform, of=channel, cloud=cloud, region=region, dry_run=dry_run, as_json=json)
+    cli_cloud.rollback(platform, of=channel, cloud=cloud, region=region, force=force, dry_run=dry_run, as_json=json)
 
 
 def _channels(_context: Context, platform: str = "", cloud: str = "", region: str = "", json: bool = False) -> None:
@@ -763,20 +764,21 @@ publish.add_task(
 )
 publish.add_task(command(_publish_check, name="check", help=CLOUD | JSON))
 CHANNEL = {"channel": "such as stable or candidate"}
+FORCE = {"force": "also where the image is not verified; kept in the history"}
 promote = command(
     _promote,
     name="promote",
     positional=["tag"],
     help=CLOUD
+    | FORCE
     | DRY_RUN
     | JSON
     | {
         "tag": "a published image's tag, its beginning, or a manifest's name for its newest",
         "to": "the channel; it is made where it is new",
-        "force": "also where the image is not verified; kept in the history",
     },
 )
-rollback = command(_rollback, name="rollback", help=PLATFORM | CHANNEL | CLOUD | DRY_RUN | JSON)
+rollback = command(_rollback, name="rollback", help=PLATFORM | CHANNEL | CLOUD | FORCE | DRY_RUN | JSON)
 channels = command(_channels, name="channels", help=PLATFORM | CLOUD | JSON)
 prune = command(
     _prune_images,

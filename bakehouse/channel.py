@@ -170,6 +170,10 @@ def pointed_to(catalogue: Catalogue) -> dict[str, list[str]]:
     return found
 
 
+def nothing_more(_image: Published) -> None:
+    """Check nothing: the site demands no more of an image."""
+
+
 def promote(
     cloud: Cloud,
     owner: str,
@@ -178,7 +182,7 @@ def promote(
     *,
     force: bool = False,
     dry_run: bool = False,
-    check: Callable[[Published], None] = lambda _image: None,
+    check: Callable[[Published], None] = nothing_more,
 ) -> Moved:
     """Move a channel to an image.
 
@@ -197,13 +201,13 @@ def promote(
     check_name(channel)
     catalogue = Catalogue.read(cloud, owner)
     target = catalogue.get(tag)
-    must_be_fit(target, force=force)
+    forced = must_be_fit(target, force=force)
     check(target)
-    return _move(catalogue, target, channel, "promote", forced=force and target.verified != "passed", dry_run=dry_run)
+    return _move(catalogue, target, channel, "promote", forced=forced, dry_run=dry_run)
 
 
-def must_be_fit(image: Published, *, force: bool) -> None:
-    """Check that an image may go into a channel.
+def must_be_fit(image: Published, *, force: bool) -> bool:
+    """Check that an image may go into a channel. Return whether it may by force only.
 
     Raises:
         BakehouseError: it may not.
@@ -217,23 +221,35 @@ def must_be_fit(image: Published, *, force: bool) -> None:
         how = "failed its verification" if image.verified == "failed" else "has not been verified"
         raise BakehouseError(
             f"{image.tag} {how}",
-            hint=f"`invoke verify {image.tag}` and publish again; --force promotes it all the same, which is kept in "
-            "the channel's history",
+            hint=f"`invoke verify {image.tag}` and publish again; --force takes it all the same, which is kept in the "
+            "channel's history",
         )
+    return image.verified != "passed"
 
 
-def rollback(cloud: Cloud, owner: str, name: str, channel: str, *, dry_run: bool = False) -> Moved:
-    """Move a channel back by one image.
+def rollback(
+    cloud: Cloud,
+    owner: str,
+    name: str,
+    channel: str,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    check: Callable[[Published], None] = nothing_more,
+) -> Moved:
+    """Move a channel back by one image, which has to be as good as one that is promoted.
 
     Args:
         cloud: where.
         owner: project whose images count; the credential's own where empty.
         name: the manifest.
         channel: its channel.
+        force: also where the image is not verified. It is kept in the history.
         dry_run: change nothing.
+        check: raises where an image may not be in a channel for a reason of the site, such as a missing signature.
 
     Raises:
-        BakehouseError: there is nothing to go back to.
+        BakehouseError: there is nothing to go back to, or it may not be in a channel.
     """
     check_name(channel)
     catalogue = Catalogue.read(cloud, owner)
@@ -246,7 +262,9 @@ def rollback(cloud: Cloud, owner: str, name: str, channel: str, *, dry_run: bool
             hint="`invoke promote TAG` moves it to any other image",
         )
     target = past.back[0]
-    return _move(catalogue, target, channel, "rollback", forced=False, dry_run=dry_run)
+    forced = must_be_fit(target, force=force)
+    check(target)
+    return _move(catalogue, target, channel, "rollback", forced=forced, dry_run=dry_run)
 
 
 def _move(catalogue: Catalogue, target: Published, channel: str, kind: str, *, forced: bool, dry_run: bool) -> Moved:

@@ -249,11 +249,19 @@ def _signature_check(settings: Settings) -> Callable[[Published], None]:
     return check_it
 
 
-def rollback(name: str, *, of: str, cloud: str, region: str, dry_run: bool, as_json: bool) -> None:
+def rollback(name: str, *, of: str, cloud: str, region: str, force: bool, dry_run: bool, as_json: bool) -> None:
     """Move a channel back by one image, and print what that changed."""
     settings = site.load()
     with _connect(settings, cloud, region) as connected:
-        moved = channel.rollback(connected, settings.image_owner, name, of, dry_run=dry_run)
+        moved = channel.rollback(
+            connected,
+            settings.image_owner,
+            name,
+            of,
+            force=force,
+            dry_run=dry_run,
+            check=_signature_check(settings),
+        )
         _print_moved(moved, of, connected, dry_run=dry_run, as_json=as_json)
 
 

@@ -263,6 +263,33 @@ def test_an_image_that_is_not_fit_is_not_promoted(spoil: Callable[[dict[str, Any
     assert not any("bakehouse_channel" in key for image in cloud.images.values() for key in image)
 
 
+@pytest.mark.parametrize("verified", ["none", "failed"])
+def test_a_channel_is_rolled_back_to_what_might_be_promoted_only(verified: str) -> None:
+    cloud = cloud_with(*TAGS[:2])
+    for tag in TAGS[:2]:
+        promote(cloud, tag)
+    cloud.images[f"slurm-{TAGS[0]}"]["bakehouse_verified"] = verified
+    with pytest.raises(BakehouseError, match="verif") as caught:
+        channel.rollback(cloud, "", "slurm", "stable")
+    assert "--force" in caught.value.hint
+    assert now(cloud) == TAGS[1]
+    channel.rollback(cloud, "", "slurm", "stable", force=True)
+    assert (now(cloud), past(cloud).moves[-1].forced) == (TAGS[0], True)
+
+
+def test_what_a_site_demands_holds_for_rolling_back_too() -> None:
+    cloud = cloud_with(*TAGS[:2])
+    for tag in TAGS[:2]:
+        promote(cloud, tag)
+
+    def refuse(image: Published) -> None:
+        raise BakehouseError(f"{image.tag} is not signed")
+
+    with pytest.raises(BakehouseError, match=f"{TAGS[0]} is not signed"):
+        channel.rollback(cloud, "", "slurm", "stable", force=True, check=refuse)
+    assert now(cloud) == TAGS[1]
+
+
 @pytest.mark.parametrize("bad", ["", "Stable", "a_b", "x" * 40, "stable "])
 def test_a_channels_name_is_plain(bad: str) -> None:
     with pytest.raises(BakehouseError, match="is not a channel's name"):

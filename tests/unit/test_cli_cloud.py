@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bakehouse import channel, cli_cloud
+from bakehouse import channel, cli_cloud, signature
 from bakehouse.cloud import CloudError
+from bakehouse.published import Catalogue
 from bakehouse.store import LocalStore
 from tests.fake_glance import FakeCloud
 from tests.samples import add_image
@@ -136,6 +137,16 @@ def test_a_move_says_what_changed_and_how_to_undo_it(shop: Shop) -> None:
     assert "points to" in shop.run("promote", TAGS[2], "--to", "stable").out
     assert json.loads(shop.run("promote", TAGS[0], "--to", "stable", "--dry-run", "--json").out)["now"] == TAGS[0]
     assert "would hide" in shop.run("promote", TAGS[0], "--to", "stable", "--dry-run").out
+
+
+def test_a_site_that_demands_signatures_rolls_back_to_signed_images_only(shop: Shop, tmp_path: Path) -> None:
+    cloud = filled(shop)
+    signature.generate(tmp_path / "site.key")
+    (tmp_path / "bakehouse.yaml").write_text("trusted_keys: [site.key.pub]\nrequire_signature: true\n")
+    done = shop.run("rollback", "--platform", "slurm", "--channel", "stable", "--force")
+    assert done.status == 1
+    assert f"{TAGS[0]} is not signed, and this site demands it" in done.err
+    assert Catalogue.read(cloud).get(TAGS[1]).image.hidden is False
 
 
 def test_a_plan_of_retention_is_shown_first(shop: Shop) -> None:
