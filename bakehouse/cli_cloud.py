@@ -13,7 +13,19 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from bakehouse import channel, compute, inventory, manifest, pin, properties, retention, sbom, signature, upload
+from bakehouse import (
+    channel,
+    compute,
+    inventory,
+    manifest,
+    pin,
+    properties,
+    rehearsal,
+    retention,
+    sbom,
+    signature,
+    upload,
+)
 from bakehouse import publish as publication
 from bakehouse import record as record_module
 from bakehouse import settings as site
@@ -65,10 +77,8 @@ def publish(
     settings, store, _ = open_site()
     record = store.get(tag)
     with _connect(settings, cloud, region) as connected:
-        if dry_run:
-            _print_plan_of_publication(record, settings, store, connected, file_format)
-        else:
-            published(record, settings, store, connected, visibility=visibility, kind=file_format, as_json=as_json)
+        act = rehearsed if dry_run else published
+        act(record, settings, store, connected, visibility=visibility, kind=file_format, as_json=as_json)
 
 
 def published(
@@ -82,9 +92,7 @@ def published(
     as_json: bool = False,
 ) -> None:
     """Publish an image to a cloud that is connected, and print where it is."""
-    allowed = ("private", "shared", "community", "public")
-    if visibility and visibility not in allowed:
-        raise BakehouseError(f"--visibility {visibility}: it is one of {', '.join(allowed)}")
+    _check_visibility(visibility)
     progress = errors if as_json else console
     file, metadata = _metadata(record, settings, store, kind)
     folder = store.folder(record.tag)
@@ -111,6 +119,12 @@ def published(
         print_json(_row(done.image, None, None, cloud) | facts)
         return
     _print_publication(record, done, cloud)
+
+
+def _check_visibility(visibility: str) -> None:
+    allowed = ("private", "shared", "community", "public")
+    if visibility and visibility not in allowed:
+        raise BakehouseError(f"--visibility {visibility}: it is one of {', '.join(allowed)}")
 
 
 def _print_publication(record: Record, done: publication.Done, cloud: Cloud) -> None:
@@ -175,28 +189,63 @@ def _metadata(record: Record, settings: Settings, store: LocalStore, kind: str) 
     return file, made
 
 
-def _print_plan_of_publication(record: Record, settings: Settings, store: LocalStore, cloud: Cloud, kind: str) -> None:
+def rehearsed(
+    record: Record,
+    settings: Settings,
+    store: LocalStore,
+    cloud: Cloud,
+    *,
+    visibility: str = "",
+    kind: str = "",
+    as_json: bool = False,
+) -> None:
+    """Look as publishing does, and print what it would do."""
+    _check_visibility(visibility)
     file, metadata = _metadata(record, settings, store, kind)
-    upload.check(store.image(record, file.format), file)
-    there = [image for image in _catalogue(cloud, settings).images if image.tag == record.tag]
+    shown = visibility or settings.visibility
+    plan = rehearsal.rehearse(record, file, store, cloud, metadata, visibility=shown, set_visibility=bool(visibility))
+    if as_json:
+        print_json({
+            "name": record.name, "tag": record.tag, "cloud": cloud.name, "region": cloud.region, "size": file.size,
+            "outcome": plan.outcome, "id": plan.image.id if plan.image else None, "changes": sorted(plan.changes),
+            "visibility": shown, "properties": metadata.fields(), "dry_run": True,
+        })  # fmt: skip
+        return
     table = Table("Property", "Value", box=None, pad_edge=False)
     for key, value in metadata.fields().items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        table.add_row(key, escape(shown))
+        table.add_row(key, escape(_value_text(value)))
     console.print(table)
     console.print()
-    if there and not there[0].incoming:
-        say(f"{record.tag} is in {cloud.place} already: {there[0].id}")
-    else:
-        verb = "finish the upload of" if there else "upload"
-        say(f"would {verb} {size_text(file.size)} to {cloud.place}")
+    if plan.outcome == "published":
+        say(f"would upload {size_text(file.size)} to {cloud.place}, {shown}")
+    elif plan.image:
+        _print_rehearsal(record, file, plan, plan.image, cloud)
+
+
+def _print_rehearsal(
+    record: Record, file: ImageFile, plan: rehearsal.Rehearsal, image: Published, cloud: Cloud
+) -> None:
+    if plan.outcome == "finished":
+        say(f"would finish the upload of {size_text(file.size)} to {cloud.place}: {image.id}")
+        return
+    say(f"{record.tag} is in {cloud.place} already: {image.id}")
+    for key, value in sorted(plan.changes.items()):
+        has = image.image.properties.get(key, getattr(image.image, key, None))
+        say(f"would change {key}: {_value_text(has)} -> {_value_text(value)}")
+
+
+def _value_text(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "-" if value is None else str(value)
 
 
 def check(*, cloud: str, region: str, as_json: bool) -> None:
     """List what is in the store or in the cloud only, and what is amiss."""
     settings, store, _ = open_site()
     with _connect(settings, cloud, region) as connected:
-        findings = inventory.compare(store, _catalogue(connected, settings))
+        # Of the project that publish sends to, whosever images are chosen from.
+        findings = inventory.compare(store, Catalogue.read(connected))
         place = connected.place
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in findings])
@@ -442,21 +491,13 @@ def pin_image(
         catalogue = _catalogue(connected, settings)
         found = pin.choose(catalogue, platform, channel_name=of, tag=tag)
         entry = pin.pin_of(catalogue, found, "" if tag else of)
-    if dry_run:
-        console.print(
-            f"would pin {entry.platform} {entry.tag} ({entry.id}) in {escape(str(path))}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        return
-    before, changed = pin.write(path, entry)
+    before, changed = pin.write(path, entry, dry_run=dry_run)
     if as_json:
-        print_json(
-            {"file": str(path), "changed": changed, "before": before.tag if before else None, **entry.model_dump()}
-        )
+        facts = {"file": str(path), "changed": changed, "before": before.tag if before else None, "dry_run": dry_run}
+        print_json(facts | entry.model_dump())
         return
     was = f", in place of {before.tag}" if before and before.tag != entry.tag else ""
-    done = "pinned" if changed else "has been pinned before:"
+    done = ("would pin" if dry_run else "pinned") if changed else "has been pinned before:"
     console.print(
         f"{done} {entry.platform} {entry.tag} ({entry.id}) in {escape(str(path))}{was}", highlight=False, soft_wrap=True
     )

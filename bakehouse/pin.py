@@ -172,11 +172,16 @@ def read(path: Path) -> Lock:
     return yamlfile.check(Lock, yamlfile.read(path))
 
 
-def write(path: Path, new: Pin) -> tuple[Pin | None, bool]:
+def write(path: Path, new: Pin, *, dry_run: bool = False) -> tuple[Pin | None, bool]:
     """Pin an image, in place of the one of the same platform, cloud and region.
 
+    Args:
+        path: the lock file; it is made where it is missing.
+        new: the image.
+        dry_run: change nothing.
+
     Returns:
-        What was pinned before, and whether the file changed.
+        What was pinned before, and whether the file changed, or would change.
 
     Raises:
         BakehouseError: the file is there and is not a lock file, or cannot be written.
@@ -184,8 +189,8 @@ def write(path: Path, new: Pin) -> tuple[Pin | None, bool]:
     lock = read(path) if path.exists() else Lock()
     same = [entry for entry in lock.images if _place(entry) == _place(new)]
     before = same[0] if same else None
-    if before == new:
-        return before, False
+    if before == new or dry_run:
+        return before, before != new
     entries = sorted([*(entry for entry in lock.images if _place(entry) != _place(new)), new], key=_place)
     text = (
         "# Images that this deployment uses. `invoke pin` writes it; commit it.\n"

@@ -11,7 +11,7 @@ import yaml
 
 from bakehouse import channel, cli_cloud, signature
 from bakehouse.cloud import CloudError
-from bakehouse.published import Catalogue
+from bakehouse.published import STATE, Catalogue
 from bakehouse.store import LocalStore
 from tests.fake_glance import FakeCloud
 from tests.samples import add_image
@@ -66,15 +66,46 @@ def test_an_image_that_is_not_verified_is_said_so(shop: Shop) -> None:
 def test_a_dry_run_shows_every_property(shop: Shop) -> None:
     add_image(shop.images, TAGS[0], size=1 << 20)
     done = shop.run("publish", TAGS[0], "--dry-run")
-    for words in ("hw_disk_bus", "bakehouse_sbom_sha256", "os:debian", "would upload 1 MiB to here"):
+    for words in ("hw_disk_bus", "bakehouse_sbom_sha256", "os:debian", "would upload 1 MiB to here, private"):
         assert words in done.out
+    assert "to here, community" in shop.run("publish", TAGS[0], "--dry-run", "--visibility", "community").out
+    told = json.loads(shop.run("publish", TAGS[0], "--dry-run", "--json").out)
+    assert (told["outcome"], told["id"], told["visibility"], told["dry_run"]) == ("published", None, "private", True)
+    assert told["properties"]["hw_disk_bus"] == "virtio"
     assert shop.cloud.images == {}
+
+
+def test_a_dry_run_looks_as_publishing_does(shop: Shop, tmp_path: Path) -> None:
+    add_image(shop.images, TAGS[0], size=1 << 20)
+    shop.cloud._create({"id": "taken", "name": f"slurm-{TAGS[0]}", "owner": "somebody"})
+    for flags in ((), ("--dry-run",)):
+        done = shop.run("publish", TAGS[0], *flags)
+        assert (done.status, [*shop.cloud.images]) == (1, ["taken"])
+        assert "is taken in here by the image taken of project somebody" in done.err
+    shop.cloud.images.clear()
+    # Where images are chosen from is another project's business.
+    (tmp_path / "bakehouse.yaml").write_text("image_owner: another\n")
+    shop.run("publish", TAGS[0])
+    (image,) = shop.cloud.images.values()
+    assert f"is in here already: {image['id']}" in shop.run("publish", TAGS[0], "--dry-run").out
+    assert "hold the same images" in shop.run("publish.check").out
+    image["hw_disk_bus"] = "scsi"
+    before = dict(image)
+    done = shop.run("publish", TAGS[0], "--dry-run", "--visibility", "community")
+    assert "would change hw_disk_bus: scsi -> virtio" in done.out
+    assert "would change visibility: private -> community" in done.out
+    told = json.loads(shop.run("publish", TAGS[0], "--dry-run", "--json").out)
+    assert (told["outcome"], told["changes"], told["id"]) == ("updated", ["hw_disk_bus"], image["id"])
+    assert image == before
+    image[STATE] = "incoming"
+    assert "would finish the upload of 1 MiB" in shop.run("publish", TAGS[0], "--dry-run").out
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (("--visibility", "secret"), "it is one of private, shared, community, public"),
+        (("--dry-run", "--visibility", "secret"), "it is one of private, shared, community, public"),
         (("--format", "vmdk"), "has no vmdk file, only qcow2"),
     ],
 )
@@ -203,6 +234,8 @@ def test_pins_are_checked_in_a_table(shop: Shop, tmp_path: Path, monkeypatch: py
     cloud.images[identity] = moved | {"id": identity}
     monkeypatch.chdir(tmp_path)
     assert "would pin" in shop.run("pin", "--platform", "slurm", "--dry-run").out
+    told = json.loads(shop.run("pin", "--platform", "slurm", "--dry-run", "--json").out)
+    assert (told["changed"], told["before"], told["id"], told["dry_run"]) == (True, None, identity, True)
     assert not (tmp_path / "images.lock.yaml").exists()
     assert f"pinned slurm {TAGS[1]}" in shop.run("pin", "--platform", "slurm").out
     assert "has been pinned before" in shop.run("pin", "--platform", "slurm").out
