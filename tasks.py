@@ -136,12 +136,12 @@ def _images_diff(_context: Context, old: str, new: str, json: bool = False) -> N
     cli_images.diff(old, new, as_json=json)
 
 
-def _sign(_context: Context, tag: str) -> None:
+def _sign(_context: Context, tag: str, dry_run: bool = False) -> None:
     """Sign an image of the store with the site's key; publish does it by itself.
 
     Example: invoke sign slurm
     """
-    cli_images.sign(tag)
+    cli_images.sign(tag, dry_run=dry_run)
 
 
 def _sign_check(_context: Context, tag: str) -> None:
@@ -338,12 +338,12 @@ def _show(_context: Context, tag: str, json: bool = False) -> None:
     cli.show(tag, as_json=json)
 
 
-def _remove(_context: Context, tag: str) -> None:
+def _remove(_context: Context, tag: str, dry_run: bool = False) -> None:
     """Remove an image from the store.
 
     Example: invoke images.remove 20261123-5853cc9
     """
-    cli.remove(tag)
+    cli.remove(tag, dry_run=dry_run)
 
 
 def _cache(_context: Context, json: bool = False) -> None:
@@ -351,7 +351,7 @@ def _cache(_context: Context, json: bool = False) -> None:
     cli.cache(as_json=json)
 
 
-def _prune(_context: Context, limit: str = "", everything: bool = False) -> None:
+def _prune(_context: Context, limit: str = "", everything: bool = False, dry_run: bool = False) -> None:
     """Shrink the cache to its limit, the longest unused first.
 
     Examples:
@@ -359,7 +359,7 @@ def _prune(_context: Context, limit: str = "", everything: bool = False) -> None
       invoke cache.prune --limit 5GiB
       invoke cache.prune --everything
     """
-    cli.prune(limit=limit, everything=everything)
+    cli.prune(limit=limit, everything=everything, dry_run=dry_run)
 
 
 def _verify(_context: Context, tag: str, firmware: str = "", verbose: bool = False, json: bool = False) -> None:
@@ -557,12 +557,12 @@ def _openstack_up(_context: Context, name: str = "") -> None:
     cli_openstack.up(name=name)
 
 
-def _openstack_down(_context: Context, delete: bool = False) -> None:
+def _openstack_down(_context: Context, delete: bool = False, dry_run: bool = False) -> None:
     """Stop the local OpenStack. Its images stay for the next time, unless --delete is given.
 
     Example: invoke openstack.down --delete
     """
-    cli_openstack.down(delete=delete)
+    cli_openstack.down(delete=delete, dry_run=dry_run)
 
 
 def _openstack_status(_context: Context, json: bool = False) -> None:
@@ -685,14 +685,14 @@ images.add_task(
 )
 images.add_task(command(_show, name="show", positional=["tag"], help=TAG | JSON))
 images.add_task(command(_timeline, name="timeline", positional=["tag"], help=TAG | JSON))
-images.add_task(command(_remove, name="remove", positional=["tag"], help=TAG))
+images.add_task(command(_remove, name="remove", positional=["tag"], help=TAG | DRY_RUN))
 cache = Collection("cache")
 cache.add_task(command(_cache, name="list", help=JSON), default=True)
 cache.add_task(
     command(
         _prune,
         name="prune",
-        help={"limit": "such as 5GiB; by default 'cache_limit_gib'", "everything": "empty the cache"},
+        help=DRY_RUN | {"limit": "such as 5GiB; by default 'cache_limit_gib'", "everything": "empty the cache"},
     )
 )
 bench = Collection("bench")
@@ -822,7 +822,7 @@ pin = command(
 )
 
 sign = Collection("sign")
-sign.add_task(command(_sign, name="image", positional=["tag"], help=TAG), default=True)
+sign.add_task(command(_sign, name="image", positional=["tag"], help=TAG | DRY_RUN), default=True)
 sign.add_task(command(_sign_check, name="check", positional=["tag"], help=TAG))
 sign.add_task(
     command(_sign_key, name="key", positional=["path"], help={"path": "the file of the private key; it must be new"})
@@ -830,7 +830,9 @@ sign.add_task(
 openstack = Collection("openstack")
 openstack.add_task(command(_openstack_up, name="up", help={"name": "its name in clouds.yaml; bakehouse by default"}))
 openstack.add_task(
-    command(_openstack_down, name="down", help={"delete": "its images, databases and clouds.yaml entries too"})
+    command(
+        _openstack_down, name="down", help=DRY_RUN | {"delete": "its images, databases and clouds.yaml entries too"}
+    )
 )
 openstack.add_task(command(_openstack_status, name="status", help=JSON), default=True)
 

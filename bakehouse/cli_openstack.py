@@ -27,8 +27,13 @@ def up(*, name: str) -> None:
     console.print(f"\nNext: [bold]invoke publish slurm --cloud {made.name}[/]", highlight=False)
 
 
-def down(*, delete: bool) -> None:
+def down(*, delete: bool, dry_run: bool) -> None:
     """End it."""
+    if dry_run:
+        there = local_cloud.find()
+        verb = "delete" if delete else "stop"
+        say(f"would {verb} '{there.name}' in {there.folder}" if there else "there is no local OpenStack here")
+        return
     found = local_cloud.down(delete=delete)
     if delete:
         say(f"deleted the local OpenStack with its images, and '{found.name}' from {found.clouds_file}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from bakehouse import channel, cli_cloud, signature
+from bakehouse import channel, cli_cloud, local_cloud, signature
 from bakehouse.cloud import CloudError
 from bakehouse.published import STATE, Catalogue
 from bakehouse.store import LocalStore
@@ -272,6 +273,8 @@ def test_signing_is_told_step_by_step(shop: Shop, tmp_path: Path) -> None:
     assert "PRIVATE" not in made.out
     assert "is there already" in shop.run("sign.key", str(tmp_path / "site.key")).err
     (tmp_path / "bakehouse.yaml").write_text("signing_key: site.key\ntrusted_keys: [site.key.pub]\n")
+    assert f"would sign slurm {TAGS[0]}" in shop.run("sign", TAGS[0], "--dry-run").out
+    assert "cannot be read" in shop.run("sign.check", TAGS[0]).err
     assert f"signed slurm {TAGS[0]}" in shop.run("sign", TAGS[0]).out
     assert "image file, record and SBOM" in shop.run("sign.check", TAGS[0]).out
 
@@ -283,3 +286,12 @@ def test_a_bake_that_shall_be_uploaded_asks_for_the_cloud_first(shop: Shop, monk
     done = shop.run("bake", "--platform", "slurm", "--upload", "--cloud", "nowhere")
     assert done.status == 1
     assert "there is no cloud 'nowhere'" in done.err
+
+
+def test_the_local_openstack_is_not_touched_by_a_dry_run(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = SimpleNamespace(name="bakehouse", folder=shop.folder)
+    monkeypatch.setattr(local_cloud, "find", lambda: there)
+    monkeypatch.setattr(local_cloud, "down", lambda **_: pytest.fail("it was"))
+    assert f"would delete 'bakehouse' in {shop.folder}" in shop.run("openstack.down", "--delete", "--dry-run").out
+    monkeypatch.setattr(local_cloud, "find", lambda: None)
+    assert "there is no local OpenStack" in shop.run("openstack.down", "--dry-run").out
