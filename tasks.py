@@ -81,7 +81,7 @@ def _bake(
         verbose=verbose,
         wait=wait,
         verify=verify,
-        upload=cli_cloud.Target(cloud, region) if upload or cloud or region else None,
+        upload=cli_cloud.target(cloud, region, upload=upload),
         as_json=json,
     )
 
@@ -608,8 +608,8 @@ bake = command(
         "verbose": "show the output of diskimage-builder",
         "verify": "--no-verify: leave out booting and joining the image",
         "upload": "publish it, where its verification did not fail",
-        "cloud": "publish it to this cloud of clouds.yaml",
-        "region": "one of the cloud's regions",
+        "cloud": "with --upload: to this cloud of clouds.yaml",
+        "region": "with --upload: one of the cloud's regions",
         "wait": "wait for a bake of the same platform that is going on (--no-wait: fail)",
     },
 )

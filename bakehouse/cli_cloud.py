@@ -59,6 +59,18 @@ class Target:
         return _connect(settings, self.cloud, self.region)
 
 
+def target(cloud: str, region: str, *, upload: bool) -> Target | None:
+    """Return where a bake is published to; None where it is not.
+
+    Raises:
+        BakehouseError: a cloud is named, and nothing shall be published.
+    """
+    if not upload and (cloud or region):
+        flag = "--cloud" if cloud else "--region"
+        raise BakehouseError(f"{flag} without --upload", hint="--upload publishes the image there when it is baked")
+    return Target(cloud, region) if upload else None
+
+
 def _connect(settings: Settings, cloud: str, region: str) -> Cloud:
     return connect(cloud, region=region, default=settings.cloud)
 

@@ -288,6 +288,14 @@ def test_a_bake_that_shall_be_uploaded_asks_for_the_cloud_first(shop: Shop, monk
     assert "there is no cloud 'nowhere'" in done.err
 
 
+def test_a_bake_is_uploaded_only_where_that_is_asked_for(shop: Shop) -> None:
+    for flags in (("--cloud", "here"), ("--region", "R1")):
+        done = shop.run("bake", "--platform", "slurm", *flags)
+        assert done.status == 1
+        assert f"error: {flags[0]} without --upload" in done.err
+        assert "hint: --upload publishes" in done.err
+
+
 def test_the_local_openstack_is_not_touched_by_a_dry_run(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     there = SimpleNamespace(name="bakehouse", folder=shop.folder)
     monkeypatch.setattr(local_cloud, "find", lambda: there)
