@@ -44,9 +44,9 @@ DATE = r"\d{4}-\d\d-\d\d"
 
 KNOWN = {
     "architecture": r"x86_64|aarch64|ppc64le|s390x|riscv64",
-    "hw_cdrom_bus": r"scsi|virtio|ide|usb|sata",
+    "hw_cdrom_bus": r"scsi|virtio|ide|usb|sata|fdc|lxc|uml|xen",
     "hw_cpu_policy": r"shared|dedicated|mixed",
-    "hw_disk_bus": r"scsi|virtio|ide|usb|sata",
+    "hw_disk_bus": r"scsi|virtio|ide|usb|sata|fdc|lxc|uml|xen",
     "hw_firmware_stateless": r"true|false",
     "hw_firmware_type": r"bios|uefi",
     "hw_machine_type": r"[\w.+-]+",

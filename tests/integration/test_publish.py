@@ -157,16 +157,29 @@ def test_a_dry_run_changes_nothing(shop: Shop) -> None:
     assert shop.images() == []
 
 
+NOVA_TAKES_MORE = {"hw_cpu_policy": {"mixed"}, "img_hide_hypervisor_id": {"true", "false"}}
+"""Values that Nova takes (nova/objects/fields.py and image_meta.py) and Glance does not list."""
+
+
 def test_what_we_lay_down_for_properties_is_what_glance_knows(local: LocalCloud) -> None:
-    """Against the metadata definitions that Glance itself ships."""
+    """Against the metadata definitions that Glance itself ships; all but those of VMware, which is no place for us."""
     folder = local.environment / "etc" / "glance" / "metadefs"
-    known: dict[str, list[str]] = {}
+    known: dict[str, set[str]] = {}
     for path in folder.glob("*.json"):
+        if "vmware" in path.name:
+            continue
         data = json.loads(path.read_text())
+        places = data.get("resource_type_associations", [])
+        prefixes = [place.get("prefix", "") for place in places if place["name"] == "OS::Glance::Image"]
         for part in [data, *data.get("objects", [])]:
-            known |= {name: spec["enum"] for name, spec in part.get("properties", {}).items() if "enum" in spec}
-    for name in ("hw_firmware_type", "hw_vif_model", "hypervisor_type", "img_config_drive", "hw_qemu_guest_agent"):
-        assert set(known[name]) == set(KNOWN[name].split("|")), name
+            for name, spec in part.get("properties", {}).items():
+                for prefix in prefixes if "enum" in spec else []:
+                    known.setdefault(prefix + name, set()).update(spec["enum"])
+    checked = KNOWN.keys() & known.keys()
+    assert len(checked) > 15
+    for name in sorted(checked):
+        ours = set(KNOWN[name].replace("\\", "").split("|"))
+        assert ours == known[name] | NOVA_TAKES_MORE.get(name, set()), name
 
 
 # Killed clients.
