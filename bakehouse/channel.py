@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import getpass
+import os
 import re
-import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -31,6 +31,9 @@ GIVE_WAY_SECONDS = 0.5
 
 KEPT_MOVES = 8
 """Moves of one channel that one image keeps. Those go first that do not matter for rolling back, then the oldest."""
+
+CI_USERS = ("GITLAB_USER_LOGIN", "GITHUB_ACTOR")
+"""Variables by which GitLab and GitHub name who started a job."""
 
 
 @dataclass(frozen=True)
@@ -413,11 +416,12 @@ def _would_be_hidden(catalogue: Catalogue, image: Published, channel: str) -> bo
 
 
 def _who() -> str:
+    """Return the user's name. Not the host's: whoever may see the image reads it."""
+    started_by = [os.environ[name] for name in CI_USERS if os.environ.get(name)]
     try:
-        user = getpass.getuser()
+        return started_by[0] if started_by else getpass.getuser()
     except (KeyError, OSError):
-        user = "?"
-    return f"{user}@{socket.gethostname()}"
+        return "?"
 
 
 def needed_by_history(histories: Iterable[History], steps: int) -> dict[str, str]:

@@ -165,14 +165,20 @@ def test_a_move_is_one_change(monkeypatch: pytest.MonkeyPatch) -> None:
     assert changes == [f"PATCH /images/slurm-{TAGS[1]}", f"PATCH /images/slurm-{TAGS[0]}"], "move, then hide"
 
 
-def test_who_when_and_from_where_is_kept() -> None:
+def test_who_when_and_from_where_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "ops")
+    for name in channel.CI_USERS:
+        monkeypatch.delenv(name, raising=False)
     cloud = cloud_with(*TAGS[:2], verified="none")
     promote(cloud, TAGS[0], force=True)
     promote(cloud, TAGS[1], force=True)
     move = past(cloud).moves[-1]
     assert (move.number, move.kind, move.tag, move.before, move.forced) == (2, "promote", TAGS[1], TAGS[0], True)
     assert move.at == "2026-11-24T12:00:00Z", "the cloud's time"
-    assert "@" in move.by
+    assert move.by == "ops", "and no host: images may be public"
+    monkeypatch.setenv("GITLAB_USER_LOGIN", "ada")
+    promote(cloud, TAGS[0], force=True)
+    assert past(cloud).moves[-1].by == "ada"
 
 
 def test_force_that_was_not_needed_is_not_kept() -> None:
