@@ -51,7 +51,18 @@ def compare(store: LocalStore, catalogue: Catalogue) -> list[Finding]:
             state = "hidden" if image.image.hidden else "shown"
             why = "though a channel points to it" if image.image.hidden else "though all channels have left it"
             found.append(Finding(state, image.name, image.tag, image.id, f"{why}: the next move mends it", True))
+    found += _lost_targets(catalogue)
     return sorted(found, key=lambda finding: (finding.name, finding.tag))
+
+
+def _lost_targets(catalogue: Catalogue) -> list[Finding]:
+    """Return the images that channels point to and that have been deleted."""
+    histories = [channel.history(catalogue, name, one) for name, one in catalogue.channels()]
+    lost = [(past, past.moves[-1]) for past in histories if past.current is None]
+    why = "the channel {} points to it, and it is deleted: promote another, or roll back"
+    return [
+        Finding("lost", past.name, move.tag, move.image, why.format(past.channel), fault=True) for past, move in lost
+    ]
 
 
 def _of_cloud(image: Published, record: Record | None, other: Published | None) -> list[Finding]:

@@ -90,7 +90,7 @@ def test_a_channel_is_a_pile_that_promotions_add_to_and_rollbacks_take_from(step
         assert shown(cloud) == set(TAGS) - ever | ({pile[-1]} if pile else set())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.sampled_from(STEPS), min_size=50, max_size=80))
 def test_history_that_was_cut_leads_nowhere_else(steps: list[str]) -> None:
     cloud, pile = cloud_with(*TAGS[:3]), list[str]()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bakehouse import inventory
+from bakehouse import channel, inventory
 from bakehouse.inventory import Finding
 from bakehouse.published import Catalogue
 from bakehouse.record import FILE_NAME, Publication
@@ -57,6 +57,16 @@ def test_every_difference_is_told(store: LocalStore) -> None:
         "unfinished": (TAGS[3], True),
         "cloud only": (TAGS[4], False),
     }
+
+
+def test_a_channel_that_points_to_a_deleted_image_is_told(store: LocalStore) -> None:
+    cloud = cloud_with(*TAGS[:2])
+    for tag in TAGS[:2]:
+        channel.promote(cloud, "", tag, "stable")
+    del cloud.images[f"slurm-{TAGS[1]}"]
+    found = findings(store, cloud)["lost"]
+    assert (found.tag, found.fault) == (TAGS[1], True)
+    assert "the channel stable points to it" in found.detail
 
 
 def test_two_of_one_tag_are_told(store: LocalStore) -> None:
