@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import re
+import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -51,6 +53,9 @@ PATIENCE_SECONDS = 300.0
 """Beside that: Glance may still be writing to its own store."""
 
 POLL_SECONDS = 2.0
+
+MACHINE_ID = Path("/etc/machine-id")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 CHANGED = {HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT, HTTPStatus.GONE}
 """Answers to an upload that say that somebody else was at work on the image."""
@@ -135,12 +140,22 @@ def publish(
 
 
 def uploader(store: LocalStore) -> str:
-    """Return what tells this host's store from all others. Who holds its lock knows that nobody else here uploads."""
-    try:
-        machine = Path("/etc/machine-id").read_text().strip()
-    except OSError:
-        machine = str(uuid.getnode())
-    return hashlib.sha256(f"{machine}:{store.root.resolve()}".encode()).hexdigest()[:16]
+    """Return what tells this host's store from all others. Who holds its lock knows that nobody else here uploads.
+
+    A store's identity is in all copies of it, and on all hosts that share it: they have locks of their own, or locks
+    that may not reach from one to another. So where it is counts as well.
+    """
+    return hashlib.sha256(f"{_host()}:{store.root.resolve()}:{store.identity}".encode()).hexdigest()[:16]
+
+
+def _host() -> str:
+    """Return what tells this host from all others."""
+    machine = MACHINE_ID.read_text().strip() if MACHINE_ID.is_file() else ""
+    if re.fullmatch("[0-9a-f]{32}", machine):
+        # Cloned machines often have one id in common, but seldom a name.
+        return f"{machine}:{socket.gethostname()}"
+    # Containers mostly have none (machine-id(5): empty, or "uninitialized"). Those on one host see each other's locks.
+    return BOOT_ID.read_text().strip()
 
 
 def _note(record: Record, file: ImageFile, store: LocalStore, cloud: Cloud, image: CloudImage) -> None:
@@ -301,7 +316,7 @@ class _Job:
         while image.status != "active":
             if image.status == "queued" and self._may_be_anothers(image):
                 # He may be about to send it: only where nothing comes of it do we.
-                following = self._poll(image, ADOPT_SECONDS)
+                following = self._poll(image, ADOPT_SECONDS, lambda found: found.status == "queued")
                 self.adopted = image.id
             elif image.status == "queued":
                 tries += 1
@@ -363,9 +378,12 @@ class _Job:
         time.sleep(min(2.0**tries, 20.0))
 
     def _settled(self, image: CloudImage) -> CloudImage | None:
-        """Wait for Glance to see that an upload of this host has ended; delete what a killed Glance left stuck."""
+        """Wait for Glance to see that an upload of this host has ended; delete what a killed Glance left stuck.
+
+        Stuck is what has not changed in all that time: another upload that began meanwhile changes ``updated_at``.
+        """
         found = self._poll(image, SETTLE_SECONDS)
-        if found and found.status == "saving":
+        if found and _same(found, image):
             self.progress.note(f"image {image.id} is stuck in 'saving' (its Glance was killed): it is made anew")
             self.glance.delete(found)
             return None
@@ -381,7 +399,7 @@ class _Job:
     def _wait_for_another(self, image: CloudImage) -> CloudImage | None:
         self.progress.note("another publisher is uploading it; waiting for that")
         found = self._poll(image, PATIENCE_SECONDS + self.file.size / SLOWEST)
-        if found and found.status == image.status:
+        if found and _same(found, image):
             self.progress.note(f"image {image.id} has been '{image.status}' for too long: it is made anew")
             self.glance.delete(found)
             return None
@@ -390,8 +408,8 @@ class _Job:
     def _poll(
         self, image: CloudImage, seconds: float, same: Callable[[CloudImage], bool] | None = None
     ) -> CloudImage | None:
-        """Return the image when its status is no more the same, or as it is after so many seconds."""
-        unchanged = same or (lambda found: found.status == image.status)
+        """Return the image when it is no more the same, or as it is after so many seconds."""
+        unchanged = same or (lambda found: _same(found, image))
         return tenacity.Retrying(
             retry=tenacity.retry_if_result(lambda found: found is not None and unchanged(found)),
             wait=tenacity.wait_exponential(multiplier=0.25, max=POLL_SECONDS),
@@ -479,6 +497,11 @@ class _Job:
                     self.progress.note("what was begun in the cloud has been removed")
 
 
+def _same(one: CloudImage, other: CloudImage) -> bool:
+    """Say whether nothing has happened to an image between two looks, by what the cloud says."""
+    return (one.status, one.updated) == (other.status, other.updated)
+
+
 def remove_leftovers(catalogue: Catalogue, store: LocalStore, tag: str, say: Callable[[str], None]) -> list[Published]:
     """Remove incoming images that a killed run of this host's store left, of other tags than this one.
 
@@ -493,11 +516,20 @@ def remove_leftovers(catalogue: Catalogue, store: LocalStore, tag: str, say: Cal
     own, glance = uploader(store), Glance(catalogue.cloud)
     removed = []
     for found in catalogue.images:
-        if found.tag == tag or not found.incoming or found.image.properties.get(UPLOADER) != own:
+        if found.tag == tag or not _is_leftover(found.image, own, catalogue.cloud):
             continue
         path = store.root / ".locks" / f"publish-{found.tag}.lock"
         with contextlib.suppress(BakehouseError), lock.held(path, "", wait=False, say=say):
-            if glance.delete(found.image):
+            # Its publication may have come to its end before we had the lock.
+            image = glance.get(found.id)
+            if image and _is_leftover(image, own, catalogue.cloud) and glance.delete(image):
                 say(f"removed the half-uploaded image {found.image.name} ({found.id}), which a killed run had left")
                 removed.append(found)
     return removed
+
+
+def _is_leftover(image: CloudImage, own: str, cloud: Cloud) -> bool:
+    """Say whether an image is incoming, from this host's store, and not just being sent by whoever is taken for us."""
+    age = (cloud.clock - image.updated).total_seconds()
+    fresh = image.status == "saving" and age < SETTLE_SECONDS
+    return Published(image).incoming and image.properties.get(UPLOADER) == own and not fresh

@@ -115,19 +115,22 @@ class FakeCloud(Cloud):
         if identity in self.used:
             return 409, "the id is in use"
         self.used.add(identity)
-        now = self.time.strftime("%Y-%m-%dT%H:%M:%SZ")
+        now = self._now()
         self.images[identity] = {
             "status": "queued", "visibility": "shared", "os_hidden": False, "protected": False, "owner": self.project,
             "tags": [], "created_at": now, "updated_at": now, "size": None, **fields,
         }  # fmt: skip
         return 201, self.images[identity]
 
+    def _now(self) -> str:
+        return self.time.strftime("%Y-%m-%dT%H:%M:%SZ")
+
     def _put(self, image: dict[str, Any], data: Any) -> tuple[int, Any]:
         if image["status"] != "queued":
             return 409, "it is not queued"
         content = b"".join(data)
         image |= {
-            "status": "active", "size": len(content), "os_hash_algo": "sha512",
+            "status": "active", "size": len(content), "os_hash_algo": "sha512", "updated_at": self._now(),
             "os_hash_value": hashlib.sha512(content).hexdigest(),
         }  # fmt: skip
         self.data[image["id"]] = content
@@ -144,5 +147,5 @@ class FakeCloud(Cloud):
             else:
                 changed[key] = step["value"]
         image.clear()
-        image |= changed
+        image |= changed | {"updated_at": self._now()}
         return 200, image

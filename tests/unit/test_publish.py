@@ -215,6 +215,62 @@ def test_what_a_killed_glance_left_is_made_anew_at_once_where_it_was_ours(publis
     assert "stuck" in publisher.output.getvalue()
 
 
+def test_an_upload_that_began_a_moment_ago_is_not_what_a_killed_run_left(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sends it is taken for us, as a clone of this host may be: the cloud says that it lives."""
+    monkeypatch.setattr(publish, "PATIENCE_SECONDS", 30)
+    monkeypatch.setattr(publish, "SETTLE_SECONDS", 0.0)
+    stuck(publisher, publish.uploader(publisher.store))
+    looks = list[int]()
+
+    def other_goes_on() -> None:
+        looks.append(1)
+        publisher.only["updated_at"] = f"2026-11-24T12:00:{min(len(looks), 5):02}Z"
+        if len(looks) == 5:
+            publisher.only["status"] = "queued"
+            publisher.cloud._put(publisher.only, [publisher.store.image(publisher.record).read_bytes()])
+            return
+        publisher.cloud.on("GET", other_goes_on)
+
+    for _ in range(2):
+        publisher.cloud.on("GET", lambda: None)
+    publisher.cloud.on("GET", other_goes_on)
+    publisher.publish()
+    assert publisher.is_whole()
+    assert not any(line.startswith("DELETE") for line in publisher.cloud.asked)
+
+
+@pytest.mark.parametrize("machine", ["", "uninitialized", "0123456789abcdef0123456789abcdef"])
+def test_every_hosts_store_is_told_from_all_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str
+) -> None:
+    """Containers have an empty machine-id; stores are at the same place in all of them; hosts share and copy stores."""
+    import shutil
+    import socket
+
+    boot = tmp_path / "boot_id"
+    boot.write_text("host-1\n")
+    (tmp_path / "machine-id").write_text(f"{machine}\n")
+    monkeypatch.setattr(publish, "MACHINE_ID", tmp_path / "machine-id")
+    monkeypatch.setattr(publish, "BOOT_ID", boot)
+    monkeypatch.setattr(socket, "gethostname", lambda: "host-1")
+
+    store = LocalStore(tmp_path / "store")
+    own = publish.uploader(store)
+    assert publish.uploader(LocalStore(tmp_path / "store")) == own, "the next run's is the same"
+    shutil.copytree(store.root, tmp_path / "copy")
+    found = {own, publish.uploader(LocalStore(tmp_path / "copy"))}
+    store.root.rename(tmp_path / "other")
+    found.add(publish.uploader(store))
+    shutil.rmtree(store.root)
+    (tmp_path / "other").rename(store.root)
+    boot.write_text("host-2\n")
+    monkeypatch.setattr(socket, "gethostname", lambda: "host-2")
+    found.add(publish.uploader(store))
+    assert len(found) == 4, "a copy, a store of another container at the same place, a store that two hosts share"
+
+
 def test_another_hosts_upload_is_waited_for_and_then_taken_for_dead(publisher: Publisher) -> None:
     stuck(publisher, "them")
     publisher.publish()
@@ -285,6 +341,20 @@ def test_leftovers_of_others_and_of_running_publications_stay(publisher: Publish
         removed = publish.remove_leftovers(Catalogue.read(publisher.cloud), publisher.store, TAG, said.append)
     assert [image.tag for image in removed] == ["20260102-b"]
     assert set(publisher.cloud.images) == {"1", "2", "3"}
+
+
+def test_what_came_to_its_end_meanwhile_is_no_leftover(publisher: Publisher) -> None:
+    own = publish.uploader(publisher.store)
+    publisher.cloud._create({
+        "id": "0", "name": "x", "tags": ["bakehouse"], "bakehouse_tag": "20260102-b", "bakehouse_name": "slurm",
+        STATE: INCOMING, UPLOADER: own,
+    })  # fmt: skip
+    before = Catalogue.read(publisher.cloud)
+    publisher.only[STATE] = PUBLISHED
+    assert publish.remove_leftovers(before, publisher.store, TAG, print) == []
+    publisher.only.update({STATE: INCOMING, "status": "saving"})
+    assert publish.remove_leftovers(Catalogue.read(publisher.cloud), publisher.store, TAG, print) == []
+    assert publisher.only, "it has just begun"
 
 
 # The file.
