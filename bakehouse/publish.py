@@ -294,7 +294,7 @@ class _Job:
 
     def _create(self, identity: str) -> CloudImage | None:
         # With the visibility that it shall have in the end, so that a cloud that does not allow it says so before the
-        # upload. It is hidden, and without data nothing can be made of it.
+        # upload. It is hidden, and without data nothing can be made of it. Before there is data it becomes private.
         fields = self.metadata.fields() | {
             "id": identity,
             "visibility": self.visibility,
@@ -303,10 +303,8 @@ class _Job:
             UPLOADER: self.own,
         }
         image = self.glance.create(fields)
-        if image is None:
-            return None
-        self.began_here = True
-        return image if self.visibility == "private" else self.glance.change(image, {"visibility": "private"})
+        self.began_here = image is not None
+        return image
 
     # Its data.
 
@@ -347,9 +345,9 @@ class _Job:
         Raises:
             CloudError: it was refused for good, or the connection broke too often.
         """
-        if image.properties.get(UPLOADER) != self.own:
-            image = self.glance.change(image, {UPLOADER: self.own})
         self.began_here = True
+        if image.properties.get(UPLOADER) != self.own or image.visibility != "private":
+            image = self.glance.change(image, {UPLOADER: self.own, "visibility": "private"})
         self.meter.begin()
         try:
             self.glance.upload(image.id, upload.FileChunks(self.path, self.meter.tell))

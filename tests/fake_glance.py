@@ -28,6 +28,7 @@ class FakeCloud(Cloud):
         self.asked: list[str] = []
         self.before: list[tuple[str, Callable[[], None]]] = []
         """What happens just before the next request of a method: once each."""
+        self.lost: set[str] = set()
         self.servers: list[dict[str, Any]] | None = None
         self.may_see_all_servers = True
         self.time = NOW
@@ -49,7 +50,14 @@ class FakeCloud(Cloud):
         for _ in range(times):
             self.on(method, refuse)
 
+    def lose_answer(self, method: str) -> None:
+        """Let the next request of a method arrive, and its answer be lost: the library below sends it again."""
+        self.lost.add(method)
+
     def request(self, method: str, path: str, **options: Any) -> Answer:
+        if method in self.lost:
+            self.lost.remove(method)
+            self._answer(method, path, options)
         self.asked.append(f"{method} {urlsplit(path).path}")
         for entry in self.before:
             if entry[0] == method:

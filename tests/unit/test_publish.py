@@ -91,6 +91,34 @@ def test_a_visibility_is_asked_for_before_the_upload_and_given_after_it(publishe
     assert (seen, publisher.only["visibility"]) == (["private"], "public")
 
 
+@pytest.mark.parametrize("visibility", ["private", "public"])
+@pytest.mark.parametrize("method", ["POST", "PATCH"])
+def test_an_answer_may_be_lost(publisher: Publisher, method: str, visibility: str) -> None:
+    """The request arrived, is sent again, and is refused: the id is taken, the property is gone."""
+    seen: list[str] = []
+
+    def look() -> None:
+        seen.append(publisher.only["visibility"])
+        if method == "PATCH":
+            publisher.cloud.lose_answer("PATCH")
+
+    publisher.cloud.on("PUT", look)
+    if method == "POST":
+        publisher.cloud.lose_answer("POST")
+    publisher.publish(visibility=visibility)
+    assert publisher.is_whole()
+    assert (seen, publisher.only["visibility"]) == (["private"], visibility)
+
+
+def test_what_a_killed_run_left_public_is_private_before_it_has_data(publisher: Publisher) -> None:
+    stuck(publisher, publish.uploader(publisher.store))
+    publisher.only.update(status="queued", visibility="public")
+    seen: list[str] = []
+    publisher.cloud.on("PUT", lambda: seen.append(publisher.only["visibility"]))
+    publisher.publish()
+    assert seen == ["private"]
+
+
 def test_the_id_is_the_same_for_all_who_publish_it() -> None:
     ids = [publish.image_id("p", "slurm", TAG, attempt) for attempt in (0, 0, 1)]
     assert ids[0] == ids[1] != ids[2]
