@@ -159,9 +159,10 @@ def _host() -> str:
 
 
 def _note(record: Record, file: ImageFile, store: LocalStore, cloud: Cloud, image: CloudImage) -> None:
-    """Write into the record where the image was published."""
-    there = [entry for entry in record.published if entry.id == image.id]
-    if there:
+    """Write into the record where the image was published. Call it under the lock of its publication."""
+    # As it is now: while we waited for the lock, it may have been published elsewhere.
+    before = store.get(record.tag).published
+    if image.id in {entry.id for entry in before}:
         return
     entry = Publication(
         cloud=cloud.name,
@@ -173,9 +174,7 @@ def _note(record: Record, file: ImageFile, store: LocalStore, cloud: Cloud, imag
         at=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
     )
     others = [
-        one
-        for one in record.published
-        if (one.cloud, one.region, one.project) != (entry.cloud, entry.region, entry.project)
+        one for one in before if (one.cloud, one.region, one.project) != (entry.cloud, entry.region, entry.project)
     ]
     store.amend(record.tag, {"published": [*others, entry]})
 

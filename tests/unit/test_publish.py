@@ -134,6 +134,16 @@ def test_what_was_deleted_is_published_under_the_next_id(publisher: Publisher) -
     assert [entry.id for entry in publisher.store.get(TAG).published] == [second]
 
 
+def test_all_clouds_that_have_it_are_noted(publisher: Publisher) -> None:
+    """Two publications at once: the second read the record before the first wrote into it."""
+    before = publisher.store.get(TAG)
+    publisher.publish()
+    publisher.cloud = FakeCloud("theirs")
+    metadata, file = publisher.metadata(), before.files[0]
+    publish.publish(before, file, publisher.store, publisher.cloud, metadata, Console(file=publisher.output))
+    assert [entry.project for entry in publisher.store.get(TAG).published] == ["ours", "theirs"]
+
+
 @pytest.mark.parametrize("status", [0, 500, 503])
 def test_a_passing_failure_is_tried_again(publisher: Publisher, status: int) -> None:
     publisher.cloud.fail("PUT", status, times=2)
