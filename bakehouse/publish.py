@@ -206,8 +206,8 @@ class _Job:
         self.own = own
         self.meter = upload.Meter(file.size, progress.line, progress.note)
         self.seconds = 0.0
-        self.began_here = False
-        """Whether this run created or uploaded the image that it works on."""
+        self.begun = ""
+        """Id of the image that this run created or uploaded, where it works on one."""
         self.adopted = ""
         """Id of an image that another publisher created and did not send."""
 
@@ -301,8 +301,9 @@ class _Job:
             STATE: INCOMING,
             UPLOADER: self.own,
         }
+        self.begun = identity
         image = self.glance.create(fields)
-        self.began_here = image is not None
+        self.begun = identity if image else ""
         return image
 
     # Its data.
@@ -330,7 +331,7 @@ class _Job:
                 following = None
             # Gone: somebody took it away, or it was stuck and we did.
             image = following or self._claim()
-        if Published(image).incoming and not self.began_here and image.properties.get(UPLOADER) != self.own:
+        if Published(image).incoming and not self.begun and image.properties.get(UPLOADER) != self.own:
             # Whoever uploaded it is about to show it. If not, he has been killed, and we do.
             image = self._poll(image, SETTLE_SECONDS, lambda found: Published(found).incoming) or image
         return image
@@ -344,7 +345,7 @@ class _Job:
         Raises:
             CloudError: it was refused for good, or the connection broke too often.
         """
-        self.began_here = True
+        self.begun = image.id
         if image.properties.get(UPLOADER) != self.own or image.visibility != "private":
             image = self.glance.change(image, {UPLOADER: self.own, "visibility": "private"})
         self.meter.begin()
@@ -354,7 +355,7 @@ class _Job:
         except CloudError as error:
             if error.status in CHANGED:
                 # Another publisher was quicker by a moment: what comes of it is his.
-                self.began_here = False
+                self.begun = ""
                 found = self.glance.get(image.id)
                 return self._wait_for_another(found) if found and found.status == "saving" else found
             if not is_passing(error):
@@ -420,15 +421,17 @@ class _Job:
         """Compare what Glance has got with the record.
 
         Raises:
-            BakehouseError: it is something else. The image is removed.
+            BakehouseError: it is something else. The image is removed, as far as the cloud lets us.
         """
         if image.size == self.file.size and image.hash_value == self._hash(image.hash_algorithm):
             return
-        self.began_here = True
-        whole = file_digest(self.path, "sha512")["sha512"] == self.file.sha512
-        if whole:
-            message = f"{self.cloud.place} holds something else than what was sent of {self.record.tag}; it was removed"
-            raise BakehouseError(message, hint="try again; if it stays so, tell the cloud's operator")
+        # Whoever sent it: it never becomes the image that it shall be, and all would find it so.
+        self._remove(image)
+        if file_digest(self.path, "sha512")["sha512"] == self.file.sha512:
+            raise BakehouseError(
+                f"{self.cloud.place} holds something else than what was sent of {self.record.tag}",
+                hint="try again; if it stays so, tell the cloud's operator",
+            )
         raise BakehouseError(
             f"{self.path} is not what was baked: its SHA-512 differs from the record's",
             hint=f"the disk may be failing; `invoke images.remove {self.record.tag}` and bake again",
@@ -480,18 +483,32 @@ class _Job:
 
     def _take_back(self) -> None:
         """Remove what this run began and did not bring to its end."""
-        if not self.began_here:
+        if not self.begun:
             return
-        with contextlib.suppress(Exception), self.cloud.hurried(5):
-            for image in self.glance.list(**{OURS + "tag": self.record.tag}, owner=self.cloud.project):
-                published = Published(image)
-                mine = self._is_ours(image) and published.incoming and image.properties.get(UPLOADER) == self.own
-                if not mine:
-                    continue
+        try:
+            with self.cloud.hurried(5):
+                image = self.glance.get(self.begun)
                 # Deleted while Glance still saves, its half file would stay in Glance's store.
-                settled = self._poll(image, 5.0) if image.status == "saving" else image
-                if settled is not None and self.glance.delete(settled):
-                    self.progress.note("what was begun in the cloud has been removed")
+                if image and image.status == "saving":
+                    image = self._poll(image, 5.0)
+                if image and Published(image).incoming and image.properties.get(UPLOADER) == self.own:
+                    self._remove(image)
+        except CloudError as error:
+            self._tell_what_stayed(self.begun, error)
+
+    def _remove(self, image: CloudImage) -> None:
+        """Delete an image that cannot be brought to its end, and say what became of that."""
+        try:
+            if self.glance.delete(image):
+                self.progress.note("what was begun in the cloud has been removed")
+        except CloudError as error:
+            self._tell_what_stayed(image.id, error)
+
+    def _tell_what_stayed(self, identity: str, error: CloudError) -> None:
+        self.progress.note(
+            f"image {identity} may have stayed behind in {self.cloud.place}: {error.message}; `openstack image delete "
+            f"{identity}` removes it, the next `invoke publish {self.record.tag}` goes on with it"
+        )
 
 
 def _same(one: CloudImage, other: CloudImage) -> bool:

@@ -335,6 +335,30 @@ def test_glance_that_stores_something_else_is_found_out(publisher: Publisher) ->
     assert publisher.cloud.images == {}
 
 
+def test_wrong_content_that_another_host_left_is_removed(publisher: Publisher) -> None:
+    stuck(publisher, "them")
+    publisher.only["status"] = "queued"
+    publisher.cloud._put(publisher.only, [b"wrong"])
+    with pytest.raises(BakehouseError, match="holds something else than what was sent"):
+        publisher.publish()
+    assert publisher.cloud.images == {}
+    publisher.publish()
+    assert publisher.is_whole()
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_what_cannot_be_taken_back_is_named(publisher: Publisher, method: str) -> None:
+    def refuse() -> None:
+        publisher.cloud.fail(method, 403)
+        raise publisher.cloud.refusal(415, "", "uploading")
+
+    publisher.cloud.on("PUT", refuse)
+    with pytest.raises(CloudError, match="HTTP 415"):
+        publisher.publish()
+    assert f"image {publisher.only['id']} may have stayed behind in here" in publisher.output.getvalue()
+    assert f"openstack image delete {publisher.only['id']}" in publisher.output.getvalue()
+
+
 def test_an_unusual_hash_is_computed(publisher: Publisher) -> None:
     def other_algorithm() -> None:
         import hashlib
