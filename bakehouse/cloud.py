@@ -345,6 +345,12 @@ _MEANINGS: tuple[tuple[tuple[type[Exception], ...], str, str, int], ...] = (
         HTTPStatus.NOT_FOUND,
     ),
     (
+        (keystone.ConnectTimeout,),
+        "{cloud} does not answer in time: {doing}: {text}",
+        "try again; if it stays so, the cloud's operator has logs",
+        HTTPStatus.GATEWAY_TIMEOUT,
+    ),
+    (
         (keystone.ConnectFailure, keystone.RetriableConnectionFailure, keystone.DiscoveryFailure),
         "{cloud} cannot be reached: {doing}: {text}",
         "is it up, and is 'auth_url' in clouds.yaml right?",

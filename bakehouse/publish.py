@@ -360,10 +360,26 @@ class _Job:
                 return self._wait_for_another(found) if found and found.status == "saving" else found
             if not is_passing(error):
                 raise
+            if error.status == HTTPStatus.GATEWAY_TIMEOUT and self.meter.sent == self.file.size:
+                written = self._written(image)
+                if written and written.status == "active":
+                    return written
             self._pause(error, tries)
             found = self.glance.get(image.id)
             return self._settled(found) if found and found.status == "saving" else found
         return self.glance.get(image.id)
+
+    def _written(self, image: CloudImage) -> CloudImage | None:
+        """Wait for Glance, which has all of an upload and has not answered in time: its own store may be slow.
+
+        Return the image as it is then, None where it is gone.
+        """
+        found = self.glance.get(image.id)
+        if found and found.status == "saving":
+            self.progress.note("all of it is sent, and no answer has come: waiting for Glance to write it")
+            found = self._patiently(found)
+        self.seconds = time.monotonic() - self.meter.started
+        return found
 
     def _pause(self, error: CloudError, tries: int) -> None:
         if tries >= MOST_TRIES:
@@ -396,6 +412,10 @@ class _Job:
 
     def _wait_for_another(self, image: CloudImage) -> CloudImage | None:
         self.progress.note("another publisher is uploading it; waiting for that")
+        return self._patiently(image)
+
+    def _patiently(self, image: CloudImage) -> CloudImage | None:
+        """Wait for as long as an upload may take; delete what has not changed then."""
         found = self._poll(image, PATIENCE_SECONDS + self.file.size / SLOWEST)
         if found and _same(found, image):
             self.progress.note(f"image {image.id} has been '{image.status}' for too long: it is made anew")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,6 +30,7 @@ class Service:
         self.catalogue = ["image"]
         self.issued = datetime.datetime.now(datetime.UTC)
         self.refuses = False
+        self.pause = 0.0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -91,6 +93,7 @@ class Service:
                 return 200, json.dumps({"version": {"id": "v3.14", "status": "stable", "links": links}}), {}
             return 300, json.dumps({"versions": [{"id": "v2.9", "status": "CURRENT", "links": links}]}), {}
         self.asked.append(f"{method} {path}")
+        time.sleep(self.pause)
         status, body = self.answers.pop(0) if self.answers else (200, "{}")
         return status, body, {}
 
@@ -174,6 +177,13 @@ def test_nobody_there_is_said_so(service: Service, tmp_path: Path) -> None:
     (tmp_path / "clouds.yaml").write_text(text.replace(service.url, "http://127.0.0.1:1"))
     with pytest.raises(CloudError, match="here cannot be reached: connecting"):
         cloud.connect("here")
+
+
+def test_an_answer_that_takes_too_long_is_told_from_a_broken_connection(service: Service, here: Cloud) -> None:
+    service.pause = 0.5
+    with pytest.raises(CloudError, match="does not answer in time: uploading") as caught:
+        here.request("PUT", "/images/x/file", what="uploading", retry=False, timeout=(5, 0.1))
+    assert caught.value.status == 504
 
 
 @pytest.mark.parametrize("status", [500, 502, 503, 504, 429])

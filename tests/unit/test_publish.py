@@ -152,6 +152,40 @@ def test_a_passing_failure_is_tried_again(publisher: Publisher, status: int) -> 
     assert publisher.output.getvalue().count("trying again") == 2
 
 
+@pytest.mark.parametrize("comes", [True, False])
+def test_an_answer_that_comes_late_is_waited_for(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    """All of it is sent, and what is behind Glance or before it takes longer than we wait for an answer."""
+    monkeypatch.setattr(publish, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(publish, "PATIENCE_SECONDS", 30 if comes else 0.0)
+    put, late = publisher.cloud._put, list[int]()
+
+    def slow(image: dict[str, Any], data: Any) -> tuple[int, Any]:
+        if late:
+            return put(image, data)
+        content = b"".join(data)
+        image["status"] = "saving"
+
+        def come() -> None:
+            late.append(1)
+            if comes and len(late) == 5:
+                image["status"] = "queued"
+                put(image, [content])
+            else:
+                publisher.cloud.on("GET", come)
+
+        publisher.cloud.on("GET", come)
+        raise CloudError("no answer in time", status=504)
+
+    monkeypatch.setattr(publisher.cloud, "_put", slow)
+    publisher.publish()
+    assert publisher.is_whole()
+    assert ("trying again" in publisher.output.getvalue()) != comes
+    assert "waiting for Glance to write it" in publisher.output.getvalue()
+    assert any(line.startswith("DELETE") for line in publisher.cloud.asked) != comes
+
+
 def test_an_upload_that_always_breaks_is_given_up_and_leaves_nothing(publisher: Publisher) -> None:
     publisher.cloud.fail("PUT", 0, times=99)
     with pytest.raises(CloudError, match="tried 5 times") as caught:
