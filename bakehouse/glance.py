@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from bakehouse.cloud import CONNECT_SECONDS, PASSING, Cloud, CloudError, explain
+from bakehouse.cloud import CONNECT_SECONDS, Cloud, CloudError, explain
 from bakehouse.errors import BakehouseError
 
 PAGE = 1000
@@ -243,8 +243,3 @@ class Glance:
             self.cloud.request("DELETE", f"/images/{image.id}", ok=(204, 404), what=what).status
             == HTTPStatus.NO_CONTENT
         )
-
-
-def is_passing(error: CloudError) -> bool:
-    """Say whether an error may pass by itself."""
-    return error.status == 0 or error.status in PASSING

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from bakehouse import lock, run, upload
 from bakehouse.cache import file_digest
-from bakehouse.cloud import Cloud, CloudError
+from bakehouse.cloud import Cloud, CloudError, is_passing
 from bakehouse.errors import BakehouseError
-from bakehouse.glance import CloudImage, Glance, is_passing
+from bakehouse.glance import CloudImage, Glance
 from bakehouse.progress import Progress
 from bakehouse.properties import OURS, Metadata
 from bakehouse.published import INCOMING, PUBLISHED, STATE, UPLOADER, Catalogue, Published
@@ -389,7 +389,7 @@ class _Job:
                 status=error.status,
             ) from error
         self.progress.note(f"the upload broke off after {self.meter.sent >> 20} MiB, trying again: {error.message}")
-        time.sleep(min(2.0**tries, 20.0))
+        time.sleep(max(min(2.0**tries, 20.0), error.retry_after))
 
     def _settled(self, image: CloudImage) -> CloudImage | None:
         """Wait for Glance to see that an upload of this host has ended; delete what a killed Glance left stuck.

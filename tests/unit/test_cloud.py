@@ -31,6 +31,9 @@ class Service:
         self.issued = datetime.datetime.now(datetime.UTC)
         self.refuses = False
         self.pause = 0.0
+        self.away: list[int] = []
+        """What Keystone answers before it comes to itself; 0: it hangs up."""
+        self.retry_after = ""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -46,6 +49,9 @@ class Service:
                 length = int(self.headers.get("Content-Length") or 0)
                 self.rfile.read(length)
                 status, body, more = outer.reply(self.command, self.path)
+                if not status:
+                    self.close_connection = True
+                    return
                 data = body.encode()
                 self.send_response(status)
                 for key, value in {**more, "Content-Length": str(len(data))}.items():
@@ -68,6 +74,8 @@ class Service:
     def reply(self, method: str, path: str) -> tuple[int, str, dict[str, str]]:
         if path == "/v3/auth/tokens":
             self.logins += 1
+            if self.away:
+                return self.away.pop(0), "", {"Retry-After": self.retry_after} if self.retry_after else {}
             if self.refuses:
                 return (
                     401,
@@ -172,11 +180,41 @@ def test_a_region_that_is_not_there_is_said_so(service: Service) -> None:
         cloud.connect("here", region="Atlantis")
 
 
-def test_nobody_there_is_said_so(service: Service, tmp_path: Path) -> None:
+def test_nobody_there_is_said_so(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cloud, "RETRY_SECONDS", 0.2)
     text = (tmp_path / "clouds.yaml").read_text()
     (tmp_path / "clouds.yaml").write_text(text.replace(service.url, "http://127.0.0.1:1"))
     with pytest.raises(CloudError, match="here cannot be reached: connecting"):
         cloud.connect("here")
+
+
+@pytest.mark.parametrize("status", [0, 429, 500, 502, 503, 504])
+def test_a_keystone_that_is_away_for_a_moment_is_waited_for(service: Service, status: int) -> None:
+    service.away = [status] * 3
+    said = list[str]()
+    with cloud.connect("here", say=said.append) as made:
+        assert made.project == "p"
+    (line,) = said
+    assert line.startswith("here")
+    assert "trying again" in line
+
+
+def test_a_keystone_that_stays_away_is_given_up_in_time(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cloud, "RETRY_SECONDS", 0.2)
+    service.away = [503] * 1000
+    with pytest.raises(CloudError, match="here: connecting") as caught:
+        cloud.connect("here")
+    assert caught.value.status == 503
+
+
+def test_a_service_says_how_long_to_stay_away(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = list[float]()
+    monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
+    for said in ("7", "100000", "Wed, 25 Nov 2026 12:00:00 GMT"):
+        service.away, service.retry_after = [503], said
+        cloud.connect("here").connection.close()
+    assert pauses[:2] == [7, cloud.LONGEST_RETRY_AFTER_SECONDS]
+    assert pauses[2] < 1
 
 
 def test_an_answer_that_takes_too_long_is_told_from_a_broken_connection(service: Service, here: Cloud) -> None:
