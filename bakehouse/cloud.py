@@ -24,6 +24,7 @@ import openstack.connection
 import openstack.exceptions
 import tenacity
 from keystoneauth1 import exceptions as keystone
+from keystoneauth1.adapter import Adapter
 
 from bakehouse.errors import BakehouseError
 from bakehouse.yamlfile import did_you_mean
@@ -124,6 +125,7 @@ class Cloud:
         path: str,
         *,
         service: str = "image",
+        region: str = "",
         ok: tuple[int, ...] = (200, 201, 204),
         what: str = "",
         retry: bool = True,
@@ -135,6 +137,7 @@ class Cloud:
             method: of HTTP.
             path: below the service's versioned endpoint.
             service: its type in the catalogue.
+            region: another one than that of the connection.
             ok: status codes that are no errors.
             what: what is being done, for errors, such as "listing images".
             retry: send it again; for requests that may arrive twice.
@@ -143,17 +146,26 @@ class Cloud:
         Raises:
             CloudError: the service refused it, or was away for too long.
         """
-        attempt: Callable[[], Answer] = lambda: self._once(method, path, service, ok, what, options)  # noqa: E731
+        attempt: Callable[[], Answer] = lambda: self._once(  # noqa: E731
+            method, path, service, region, ok, what, options
+        )
         return _retrying(self.patience)(attempt) if retry else attempt()
 
     def _once(
-        self, method: str, path: str, service: str, ok: tuple[int, ...], what: str, options: Mapping[str, Any]
+        self,
+        method: str,
+        path: str,
+        service: str,
+        region: str,
+        ok: tuple[int, ...],
+        what: str,
+        options: Mapping[str, Any],
     ) -> Answer:
         doing = what or f"{method} {path}"
         timeout = (CONNECT_SECONDS, ANSWER_SECONDS)
         headers = {"Accept": "application/json", **options.get("headers", {})}
         try:
-            answer = self._adapter(service).request(
+            answer = self._adapter(service, region).request(
                 path,
                 method,
                 raise_exc=False,
@@ -180,8 +192,29 @@ class Cloud:
         hint = _hint(status, reason, self.name)
         return CloudError(said, hint=hint, status=status, reason=reason, retry_after=retry_after)
 
-    def _adapter(self, service: str) -> Any:
+    def _adapter(self, service: str, region: str) -> Any:
+        if region and region != self.region:
+            return Adapter(
+                session=self.connection.session,
+                service_type=service,
+                region_name=region,
+                interface=self.connection.config.get_interface(),
+                min_version="2",
+                max_version="2.latest",
+            )
         return {"image": self.connection.image, "compute": self.connection.compute}[service]
+
+    def endpoints(self, service: str) -> dict[str, str]:
+        """Return a service's addresses by region: of all regions in the catalogue, which the credential sees.
+
+        Raises:
+            CloudError: the token has expired and cannot be renewed.
+        """
+        with _explained(self.name, f"looking for its {service} service"):
+            found = _access(self.connection).service_catalog.get_endpoints_data(
+                service_type=service, interface=self.connection.config.get_interface() or "public"
+            )
+        return {one.region_name or "": one.url for several in found.values() for one in several}
 
     def has(self, service: str) -> bool:
         """Say whether the catalogue has a service in this region."""

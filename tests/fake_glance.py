@@ -30,6 +30,10 @@ class FakeCloud(Cloud):
         """What happens just before the next request of a method: once each."""
         self.lost: set[str] = set()
         self.servers: list[dict[str, Any]] | None = None
+        self.elsewhere: dict[str, list[dict[str, Any]]] = {}
+        """Servers of other regions."""
+        self.glances: dict[str, str] = {}
+        """Addresses of other regions' Glance, where it is not this one."""
         self.may_see_all_servers = True
         self.time = NOW
 
@@ -38,7 +42,13 @@ class FakeCloud(Cloud):
         return self.time
 
     def has(self, service: str) -> bool:
-        return service == "image" or self.servers is not None
+        return service == "image"
+
+    def endpoints(self, service: str) -> dict[str, str]:
+        if service == "image":
+            return {self.region: "http://here", **self.glances}
+        own = [self.region] if self.servers is not None else []
+        return {region: f"http://nova/{region}" for region in [*own, *self.elsewhere]}
 
     def on(self, method: str, act: Callable[[], None]) -> None:
         self.before.append((method, act))
@@ -65,18 +75,19 @@ class FakeCloud(Cloud):
                 entry[1]()
                 break
         if options.get("service") == "compute":
-            return self._servers(path)
+            return self._servers(path, options.get("region", ""))
         status, body = self._answer(method, path, options)
         if status not in options.get("ok", (200, 201, 204)):
             raise self.refusal(status, json.dumps({"message": str(body)}), options.get("what", method))
         return Answer(status, {}, json.dumps(body))
 
-    def _servers(self, path: str) -> Answer:
-        assert self.servers is not None
+    def _servers(self, path: str, region: str) -> Answer:
+        servers = self.elsewhere.get(region, self.servers)
+        assert servers is not None
         if "all_tenants" in path and not self.may_see_all_servers:
             raise self.refusal(HTTPStatus.FORBIDDEN, '{"forbidden": {"message": "Policy"}}', "listing servers")
         start = int(dict(parse_qsl(urlsplit(path).query)).get("marker", 0))
-        page, rest = self.servers[start : start + 2], self.servers[start + 2 :]
+        page, rest = servers[start : start + 2], servers[start + 2 :]
         links = [{"rel": "next", "href": f"http://nova/v2.1/servers/detail?marker={start + 2}"}] if rest else []
         return Answer(200, {}, json.dumps({"servers": page, "servers_links": links}))
 

@@ -28,6 +28,7 @@ class Service:
         self.asked: list[str] = []
         self.logins = 0
         self.catalogue = ["image"]
+        self.regions = ["R1"]
         self.issued = datetime.datetime.now(datetime.UTC)
         self.refuses = False
         self.pause = 0.0
@@ -88,9 +89,11 @@ class Service:
                 "user": {"id": "u", "name": "u", "domain": {"id": "default", "name": "Default"}},
                 "project": {"id": "p", "name": "p", "domain": {"id": "default", "name": "Default"}}, "roles": [],
                 "catalog": [
-                    {"type": kind, "name": kind, "id": kind, "endpoints": [{
-                        "interface": "public", "region": "R1", "region_id": "R1", "url": f"{self.url}/{kind}", "id": "e"
-                    }]}
+                    {"type": kind, "name": kind, "id": kind, "endpoints": [
+                        {"interface": "public", "region": region, "region_id": region, "id": "e",
+                         "url": f"{self.url}/{kind}{'' if region == 'R1' else f'-{region}'}"}
+                        for region in self.regions
+                    ]}
                     for kind in self.catalogue
                 ],
             }  # fmt: skip
@@ -173,6 +176,17 @@ def test_a_cloud_without_images_is_said_so(service: Service) -> None:
     service.catalogue = ["compute"]
     with pytest.raises(BakehouseError, match="has no image service"):
         cloud.connect("here")
+
+
+def test_another_regions_service_is_asked_with_the_same_credential(service: Service) -> None:
+    service.catalogue = ["image", "compute"]
+    service.regions = ["R1", "R2"]
+    with cloud.connect("here") as made:
+        assert made.endpoints("compute") == {"R1": f"{service.url}/compute", "R2": f"{service.url}/compute-R2"}
+        assert made.endpoints("orchestration") == {}
+        made.request("GET", "/servers/detail", service="compute", region="R2")
+    assert service.asked[-1] == "GET /compute-R2/servers/detail"
+    assert service.logins == 1
 
 
 def test_a_region_that_is_not_there_is_said_so(service: Service) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bakehouse import channel, compute, pin, retention
+from bakehouse.cloud import CloudError
 from bakehouse.compute import Usage
 from bakehouse.errors import BakehouseError
 from bakehouse.pin import Pin
@@ -134,6 +135,32 @@ def test_servers_are_counted_by_image_page_after_page() -> None:
     found = compute.usage(cloud)
     assert (found.known, dict(found.servers)) == ("all projects", {"a": 2, "b": 1})
     assert (found.text("a"), found.text("z")) == ("2", "0")
+
+
+def test_servers_of_all_regions_are_counted() -> None:
+    """One Glance may serve several."""
+    cloud = FakeCloud()
+    cloud.servers = [server({"id": "a"})]
+    cloud.elsewhere = {"two": [server({"id": "a"}), server({"id": "b"})], "three": []}
+    assert dict(compute.usage(cloud).servers) == {"a": 2, "b": 1}
+    cloud.servers = None
+    assert dict(compute.usage(cloud).servers) == {"a": 1, "b": 1}, "also where the own region has no Nova"
+
+
+@pytest.mark.parametrize("own_glance", [False, True])
+def test_a_nova_of_another_region_that_is_away_is_said_or_stops_all(own_glance: bool) -> None:
+    cloud = FakeCloud()
+    cloud.servers, cloud.elsewhere = [server({"id": "a"})], {"two": []}
+    cloud.on("GET", lambda: None)
+    cloud.fail("GET", 503)
+    if not own_glance:
+        with pytest.raises(CloudError, match="HTTP 503"):
+            compute.usage(cloud)
+        return
+    cloud.glances = {"two": "http://there"}
+    found = compute.usage(cloud)
+    assert (found.known, dict(found.servers)) == ("own project", {"a": 1})
+    assert "the Nova of two does not answer" in found.reason
 
 
 def test_where_other_projects_cannot_be_seen_it_is_said() -> None:
