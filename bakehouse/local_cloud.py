@@ -369,11 +369,11 @@ def up(
                 say(f"starting {service}")
                 found.start(service)
         if not (where / "ready").exists():
-            _furnish(found)
+            _furnish(found, say)
             (where / "ready").touch()
         elif found.name not in clouds_yaml.names(found.clouds_file):
             # Somebody took it out.
-            _enter(found)
+            _enter(found, say)
     return found
 
 
@@ -478,7 +478,7 @@ def _prepare(made: LocalCloud) -> None:
     _save(made)
 
 
-def _furnish(made: LocalCloud) -> None:
+def _furnish(made: LocalCloud, say: Callable[[str], None]) -> None:
     """Make what Keystone knows of Glance, the first project and its user, and write clouds.yaml."""
     setup = json.loads((made.folder / "setup.json").read_text())
     admin = made.admin()
@@ -501,7 +501,7 @@ def _furnish(made: LocalCloud) -> None:
         identity.assign_system_role_to_user(user, _found(identity.find_role, "reader"), "all")
     finally:
         admin.close()
-    _enter(made)
+    _enter(made, say)
 
 
 def _identity(connection: openstack.connection.Connection) -> Any:
@@ -517,10 +517,10 @@ def _found(find: Callable[..., Any], name: str) -> Any:
         return None
 
 
-def _enter(made: LocalCloud) -> None:
+def _enter(made: LocalCloud, say: Callable[[str], None]) -> None:
     member = made.add_member(USER, PROJECT)
-    clouds_yaml.add(made.clouds_file, made.name, made.entry(member))
-    clouds_yaml.add(made.clouds_file, made.admin_name, made.admin_entry())
+    clouds_yaml.add(made.clouds_file, made.name, made.entry(member), say)
+    clouds_yaml.add(made.clouds_file, made.admin_name, made.admin_entry(), say)
 
 
 def _keystone_conf(folder: Path) -> str:
