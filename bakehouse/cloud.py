@@ -163,6 +163,7 @@ class Cloud:
     ) -> Answer:
         doing = what or f"{method} {path}"
         timeout = (CONNECT_SECONDS, ANSWER_SECONDS)
+        asked = datetime.datetime.now(datetime.UTC)
         headers = {"Accept": "application/json", **options.get("headers", {})}
         try:
             answer = self._adapter(service, region).request(
@@ -180,7 +181,7 @@ class Cloud:
             if explained is None:
                 raise
             raise explained from error
-        self._set_clock(answer.headers)
+        self._set_clock(answer.headers, asked)
         if answer.status_code in ok:
             return Answer(answer.status_code, answer.headers, text)
         raise self.refusal(answer.status_code, text, doing, _retry_after(answer))
@@ -231,13 +232,13 @@ class Cloud:
             return False
         return endpoint is not None
 
-    def _set_clock(self, headers: Mapping[str, str]) -> None:
+    def _set_clock(self, headers: Mapping[str, str], asked: datetime.datetime) -> None:
         # Servers with a clock say the time (RFC 9110), but for a bare uWSGI: then the token's time counts.
         try:
             said = email.utils.parsedate_to_datetime(headers["Date"]).astimezone(datetime.UTC)
         except (KeyError, TypeError, ValueError):
             return
-        self.skew = _skew(said)
+        self.skew = _skew(said, asked, self.skew)
 
 
 def is_passing(error: BaseException) -> bool:
@@ -309,9 +310,10 @@ def _connect_once(config: openstack.config.OpenStackConfig, chosen: str, region:
         found = config.get_one(cloud=chosen or None, region_name=region or None)
         connection = openstack.connection.Connection(config=found, app_name="bakehouse")
         try:
+            asked = datetime.datetime.now(datetime.UTC)
             access = _access(connection)
             place = found.get_region_name() or ""
-            cloud = Cloud(chosen or "envvars", place, access.project_id or "", connection, _skew(access.issued))
+            cloud = Cloud(chosen or "envvars", place, access.project_id or "", connection, _skew(access.issued, asked))
             _must_be_usable(cloud)
         except BaseException:
             connection.close()
@@ -325,10 +327,16 @@ def _access(connection: openstack.connection.Connection) -> Any:
     return plugin.get_access(connection.session)
 
 
-def _skew(said: datetime.datetime) -> datetime.timedelta:
-    """Return how far a clock that says this time now is ahead; what a slow answer explains is nothing."""
-    ahead = said - datetime.datetime.now(datetime.UTC)
-    return ahead if abs(ahead) > datetime.timedelta(seconds=ANSWER_SECONDS) else datetime.timedelta(0)
+def _skew(
+    said: datetime.datetime, asked: datetime.datetime, known: datetime.timedelta = datetime.timedelta(0)
+) -> datetime.timedelta:
+    """Return how far a clock is ahead of ours that said a time, in whole seconds, at a moment between then and now.
+
+    What is known of it already holds, as far as that can be.
+    """
+    least = said - datetime.datetime.now(datetime.UTC)
+    most = said + datetime.timedelta(seconds=1) - asked
+    return min(max(known, least), most)
 
 
 def _must_be_usable(cloud: Cloud) -> None:

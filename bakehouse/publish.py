@@ -415,8 +415,10 @@ class _Job:
         return self._patiently(image)
 
     def _patiently(self, image: CloudImage) -> CloudImage | None:
-        """Wait for as long as an upload may take; delete what has not changed then."""
-        found = self._poll(image, PATIENCE_SECONDS + self.file.size / SLOWEST)
+        """Wait for as long as an upload may take since it began; delete what has not changed then."""
+        age = (self.cloud.clock - image.updated).total_seconds()
+        left = PATIENCE_SECONDS + self.file.size / SLOWEST - age
+        found = self._poll(image, max(left, SETTLE_SECONDS))
         if found and _same(found, image):
             self.progress.note(f"image {image.id} has been '{image.status}' for too long: it is made anew")
             self.glance.delete(found)
@@ -537,7 +539,7 @@ def _same(one: CloudImage, other: CloudImage) -> bool:
 
 
 def remove_leftovers(catalogue: Catalogue, store: LocalStore, tag: str, say: Callable[[str], None]) -> list[Published]:
-    """Remove incoming images that a killed run of this host's store left, of other tags than this one.
+    """Remove incoming images of other tags than this one that a killed run left: of this host's store, or a day ago.
 
     An image whose publication is going on is left alone.
 
@@ -563,7 +565,9 @@ def remove_leftovers(catalogue: Catalogue, store: LocalStore, tag: str, say: Cal
 
 
 def _is_leftover(image: CloudImage, own: str, cloud: Cloud) -> bool:
-    """Say whether an image is incoming, from this host's store, and not just being sent by whoever is taken for us."""
-    age = (cloud.clock - image.updated).total_seconds()
-    fresh = image.status == "saving" and age < SETTLE_SECONDS
-    return Published(image).incoming and image.properties.get(UPLOADER) == own and not fresh
+    """Say whether nobody is at work on an incoming image: it is this host's store's, or has stood still for a day."""
+    published = Published(image)
+    # Whoever sends it may be taken for us.
+    fresh = image.status == "saving" and (cloud.clock - image.updated).total_seconds() < SETTLE_SECONDS
+    ours = image.properties.get(UPLOADER) == own and not fresh
+    return published.incoming and (ours or published.abandoned(cloud.clock))

@@ -307,6 +307,17 @@ def test_ages_are_counted_by_the_clouds_clock(service: Service, hours: int) -> N
         assert abs(made.clock - service.issued) < datetime.timedelta(seconds=30)
 
 
+def test_what_is_known_of_the_clouds_clock_is_as_good_as_its_answers_are_quick() -> None:
+    now, second = datetime.datetime.now(datetime.UTC), datetime.timedelta(seconds=1)
+    # Sent 60 s ago, and it says now what time it is, or what time it was when we asked: it may be right.
+    for said in (now - second, now - 60 * second):
+        assert cloud._skew(said, now - 60 * second) == 0 * second
+    behind = cloud._skew(now - 20 * second, now)
+    assert -20 * second <= behind <= -19 * second
+    assert cloud._skew(now - 40 * second, now - 60 * second, behind) == behind, "a slow answer teaches nothing new"
+    assert 59 * second < cloud._skew(now + 60 * second, now) <= 60 * second
+
+
 def test_a_change_is_one_patch(service: Service, here: Cloud) -> None:
     data = {"id": "a", "status": "active", "visibility": "private", "created_at": "2026-01-01T00:00:00Z",
             "updated_at": "2026-01-01T00:00:00Z", "old/key": "x"}  # fmt: skip

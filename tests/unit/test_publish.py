@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import time
 from collections.abc import Callable
@@ -351,6 +352,15 @@ def test_another_hosts_upload_is_waited_for_and_then_taken_for_dead(publisher: P
     assert "too long" in publisher.output.getvalue()
 
 
+def test_the_age_of_another_hosts_upload_counts(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not waited for from our start, but from its own, by the cloud's clock."""
+    monkeypatch.setattr(publish, "PATIENCE_SECONDS", 3600.0)
+    stuck(publisher, "them")
+    publisher.cloud.time += datetime.timedelta(hours=2)
+    publisher.publish()
+    assert publisher.is_whole()
+
+
 def test_an_image_out_of_service_is_said_so(publisher: Publisher) -> None:
     stuck(publisher, "them")
     publisher.only["status"] = "deactivated"
@@ -437,6 +447,18 @@ def test_leftovers_of_others_and_of_running_publications_stay(publisher: Publish
         removed = publish.remove_leftovers(Catalogue.read(publisher.cloud), publisher.store, TAG, said.append)
     assert [image.tag for image in removed] == ["20260102-b"]
     assert set(publisher.cloud.images) == {"1", "2", "3"}
+
+
+def test_leftovers_of_other_hosts_go_after_a_day(publisher: Publisher) -> None:
+    for number, hours in enumerate((0, 2)):
+        publisher.cloud.time += datetime.timedelta(hours=hours)
+        publisher.cloud._create({
+            "id": str(number), "name": "x", "tags": ["bakehouse"], "bakehouse_tag": f"2026010{number}-b",
+            "bakehouse_name": "slurm", STATE: INCOMING, UPLOADER: "them", "status": "saving",
+        })  # fmt: skip
+    publisher.cloud.time += datetime.timedelta(hours=23)
+    removed = publish.remove_leftovers(Catalogue.read(publisher.cloud), publisher.store, TAG, print)
+    assert [image.id for image in removed] == ["0"]
 
 
 def test_what_came_to_its_end_meanwhile_is_no_leftover(publisher: Publisher) -> None:
