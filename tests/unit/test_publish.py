@@ -486,6 +486,30 @@ def test_a_files_pieces_begin_anew_each_time(publisher: Publisher) -> None:
     assert len(chunks) == path.stat().st_size == told[-1]
 
 
+def test_a_file_that_cannot_be_read_is_no_fault_of_the_network(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    path, real = publisher.store.image(publisher.record), Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, *a, **k: Failing() if self == path and "buffering" in k else real(self, *a, **k)
+    )
+    with pytest.raises(BakehouseError, match="cannot be read: Input/output error") as caught:
+        publisher.publish()
+    assert "dmesg" in caught.value.hint
+    assert [line.split()[0] for line in publisher.cloud.asked].count("PUT") == 1
+    assert publisher.cloud.images == {}
+
+
+def test_a_check_that_hangs_is_ended(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload, "CHECK_SECONDS", 0.0001)
+    with pytest.raises(BakehouseError, match="qemu-img says nothing"):
+        publisher.publish()
+
+
 def test_a_meter_says_how_far_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
