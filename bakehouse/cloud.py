@@ -450,6 +450,8 @@ def reason_of(text: str) -> str:
 
 def _hint(status: int, reason: str, cloud: str) -> str:
     about = reason.lower()
+    if "properties" in about and ("limit" in about or "quota" in about):
+        return "the image has as many as Glance takes: `openstack image unset --property NAME IMAGE` makes room for one"
     if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE or "quota" in about or "limit" in about:
         if "storage media" in about or "disk space" in about:
             return "Glance's own store is full: its operator must make room; `invoke prune` removes old images"

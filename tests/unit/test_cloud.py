@@ -267,6 +267,8 @@ def test_an_expired_token_is_renewed(service: Service, here: Cloud) -> None:
          "Access & more (HTTP 403)", "roles"),
         (413, '{"message": "Request exceeds image_size_total quota"}', "quota (HTTP 413)", "invoke prune"),
         (413, '{"message": "Not enough disk space on the image storage media."}', "storage media", "make room"),
+        (413, '{"message": "The limit has been exceeded on the number of allowed image properties."}',
+         "properties. (HTTP 413)", "openstack image unset --property"),
         (409, '{"error": {"message": "It is in use"}}', "It is in use (HTTP 409)", "changed it meanwhile"),
         (418, "", "refused (HTTP 418)", ""),
     ],
