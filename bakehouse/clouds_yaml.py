@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from platformdirs import user_config_path
 
 from bakehouse.cache import write_atomically
 from bakehouse.errors import BakehouseError
@@ -21,9 +22,18 @@ SECRET = 0o600
 
 
 def user_file() -> Path:
-    """Return the file that entries go to: the one that ``OS_CLIENT_CONFIG_FILE`` names, or the user's own."""
+    """Return the file that entries go to: the one that openstacksdk reads here, which is the first that is there.
+
+    It is the one that ``OS_CLIENT_CONFIG_FILE`` names, in this folder, or the user's own. The host's own, in ``/etc``,
+    is for others as well and gets no secrets of ours.
+    """
     named = os.environ.get("OS_CLIENT_CONFIG_FILE")
-    return Path(named) if named else Path("~/.config/openstack/clouds.yaml").expanduser()
+    if named:
+        return Path(named).absolute()
+    own = Path("~/.config/openstack").expanduser()
+    folders = [Path.cwd(), user_config_path("openstack"), own]
+    there = [folder / f"clouds.{kind}" for folder in folders for kind in ("yaml", "yml", "json")]
+    return next((path for path in there if path.exists()), own / "clouds.yaml")
 
 
 def names(path: Path) -> list[str]:

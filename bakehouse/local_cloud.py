@@ -346,7 +346,7 @@ def up(
     """
     where = folder or default_folder()
     where.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with lock.held(where.with_suffix(".lock"), "the local OpenStack", wait=True, say=say):
+    with _held(where, say):
         environment = install(cache, say)
         found = find(where)
         if found is None and (where / NOTE).exists():
@@ -377,22 +377,30 @@ def up(
     return found
 
 
-def down(folder: Path | None = None, *, delete: bool = False) -> LocalCloud:
+def down(
+    folder: Path | None = None, *, delete: bool = False, say: Callable[[str], None] = lambda _text: None
+) -> LocalCloud:
     """End a local OpenStack; its data stays, unless it shall be deleted.
 
     Raises:
         BakehouseError: there is none.
     """
-    found = find(folder)
-    if found is None:
-        raise BakehouseError("there is no local OpenStack here", hint="`invoke openstack.up` makes one")
-    for service in SERVICES:
-        found.stop(service)
-    if delete:
-        for name in (found.name, found.admin_name):
-            clouds_yaml.remove(found.clouds_file, name)
-        shutil.rmtree(found.folder)
+    with _held(folder or default_folder(), say):
+        found = find(folder)
+        if found is None:
+            raise BakehouseError("there is no local OpenStack here", hint="`invoke openstack.up` makes one")
+        for service in SERVICES:
+            found.stop(service)
+        if delete:
+            for name in (found.name, found.admin_name):
+                clouds_yaml.remove(found.clouds_file, name)
+            shutil.rmtree(found.folder)
     return found
+
+
+def _held(folder: Path, say: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
+    """Keep others from bringing it up or down."""
+    return lock.held(folder.with_suffix(".lock"), "the local OpenStack", wait=True, say=say)
 
 
 # Installing.

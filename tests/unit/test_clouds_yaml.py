@@ -94,6 +94,24 @@ def test_a_file_of_another_shape_is_left_alone(tmp_path: Path, text: str) -> Non
     assert path.read_text() == text
 
 
+def test_the_file_is_the_one_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As openstacksdk finds it: it reads the first one only."""
+    here, own, named = (tmp_path / name for name in ("here", "home/.config/openstack", "named"))
+    for folder in (here, own, named):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.delenv("OS_CLIENT_CONFIG_FILE", raising=False)
+    assert clouds_yaml.user_file() == own / "clouds.yaml", "there is none"
+    (own / "clouds.yml").touch()
+    assert clouds_yaml.user_file() == own / "clouds.yml"
+    (here / "clouds.yaml").touch()
+    assert clouds_yaml.user_file() == here / "clouds.yaml"
+    monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", "../named/clouds.yaml")
+    assert clouds_yaml.user_file().resolve() == named / "clouds.yaml"
+
+
 def test_the_file_is_the_one_that_the_variable_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", "/somewhere/clouds.yaml")
     assert clouds_yaml.user_file() == Path("/somewhere/clouds.yaml")
