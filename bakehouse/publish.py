@@ -264,10 +264,17 @@ class _Job:
         return min(ours, key=lambda image: (Published(image).incoming, image.created), default=None)
 
     def _must_be_the_same(self, image: CloudImage) -> None:
-        if image.properties.get(OURS + "sha512", "") != self.file.sha512:
+        there = image.properties.get(OURS + "sha512", "")
+        if there in {file.sha512 for file in self.record.files if file != self.file}:
+            raise BakehouseError(
+                f"{self.record.tag} is in {self.cloud.place} already as {image.disk_format} (image {image.id}); a "
+                "project takes one of its formats",
+                hint=f"publish the {self.file.format} file to another project or cloud, or delete that image first",
+            )
+        if there != self.file.sha512:
             raise BakehouseError(
                 f"{self.record.tag} is in {self.cloud.place} already with other content (image {image.id}): it was "
-                "baked elsewhere from the same inputs, or is the other of two file formats",
+                "baked elsewhere from the same inputs",
                 hint=f"bake anew for a new tag: `invoke bake --platform {self.record.name} --force`",
             )
 

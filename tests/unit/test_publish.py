@@ -274,6 +274,16 @@ def test_other_content_that_appears_a_moment_before_is_told(publisher: Publisher
     assert len(publisher.cloud.images) == 1, "it is not ours to remove"
 
 
+def test_the_other_of_two_formats_is_told_from_other_content(publisher: Publisher) -> None:
+    raw = publisher.record.files[0].model_copy(update={"format": "raw", "sha512": "a" * 128})
+    publisher.store.amend(TAG, {"files": [*publisher.record.files, raw]})
+    publisher.publish()
+    publisher.only.update(bakehouse_sha512=raw.sha512, disk_format="raw")
+    with pytest.raises(BakehouseError, match=r"already as raw .* a project takes one of its formats") as caught:
+        publisher.publish()
+    assert caught.value.hint == "publish the qcow2 file to another project or cloud, or delete that image first"
+
+
 def stuck(publisher: Publisher, own: str) -> None:
     identity = publish.image_id("ours", "slurm", TAG, 0)
     fields = {**publisher.metadata().fields(), "id": identity, "os_hidden": True, STATE: INCOMING, UPLOADER: own}
