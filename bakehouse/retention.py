@@ -129,7 +129,8 @@ def _delete_one(glance: Glance, image: Published) -> str:
     now = glance.get(image.id)
     if now is None:
         return ""
-    if Published(now).moves != image.moves or now.status != image.image.status:
+    then = Published(now)
+    if (then.moves, then.incoming, now.status) != (image.moves, image.incoming, image.image.status):
         return "it has changed since the plan was made: look again"
     glance.delete(now)
     return ""

@@ -92,6 +92,18 @@ def test_what_changed_since_the_plan_is_left_alone() -> None:
     assert len(cloud.images) == 3
 
 
+def test_an_upload_that_came_to_its_end_since_the_plan_is_left_alone() -> None:
+    cloud = cloud_with(*TAGS[:2])
+    late = cloud.images[f"slurm-{TAGS[0]}"]
+    late["bakehouse_state"] = "incoming"
+    cloud.time += datetime.timedelta(days=2)
+    catalogue = Catalogue.read(cloud)
+    plan = retention.plan(catalogue, UNKNOWN, {}, keep=1, rollback_steps=3)
+    late["bakehouse_state"] = "published"
+    (gone,) = retention.delete(catalogue, plan)
+    assert "changed since the plan" in gone.error
+
+
 def test_bad_requests_are_told() -> None:
     with pytest.raises(BakehouseError, match="--keep 0: it is 1 or more"):
         verdicts(cloud_with(TAGS[0]), keep=0)
