@@ -72,7 +72,10 @@ def target(cloud: str, region: str, *, upload: bool) -> Target | None:
 
 
 def _connect(settings: Settings, cloud: str, region: str) -> Cloud:
-    return connect(cloud, region=region, default=settings.cloud)
+    def warn(text: str) -> None:
+        errors.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    return connect(cloud, region=region, default=settings.cloud, say=warn)
 
 
 def _catalogue(cloud: Cloud, settings: Settings) -> Catalogue:

@@ -24,6 +24,9 @@ PUBLISHED = "published"
 UPLOADER = OURS + "uploader"
 """Which host's store an incoming image comes from."""
 
+STALE = datetime.timedelta(days=1)
+"""How long an upload may take before it counts as one that a killed run left."""
+
 CHANNEL = OURS + "channel_"
 LEFT = OURS + "left_"
 
@@ -121,6 +124,10 @@ class Published:
     def incoming(self) -> bool:
         """Whether its upload has not come to its end."""
         return self.says("state") != PUBLISHED
+
+    def abandoned(self, now: datetime.datetime) -> bool:
+        """Say whether an upload has stood still for so long, by the cloud's clock, that nobody is at work on it."""
+        return self.incoming and now - self.image.updated >= STALE
 
     @cached_property
     def moves(self) -> tuple[Move, ...]:

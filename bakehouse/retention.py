@@ -14,9 +14,6 @@ from bakehouse.errors import BakehouseError
 from bakehouse.glance import Glance
 from bakehouse.published import Catalogue, Published
 
-STALE = datetime.timedelta(days=1)
-"""How long an upload may take before it counts as one that a killed run left."""
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -113,7 +110,7 @@ def _reason_to_stay(
         f"pinned by {pins.get(image.id)}": image.id in pins,
         f"used by {servers} server{'s' if servers != 1 else ''}": servers > 0,
         "protected": image.image.protected,
-        "its upload may still be going on": image.incoming and now - image.image.updated < STALE,
+        "its upload may still be going on": image.incoming and not image.abandoned(now),
     }
     return next((why for why, holds in reasons.items() if holds), newest.get(image.id, ""))
 

@@ -259,15 +259,30 @@ def test_a_glance_that_is_killed_together_with_its_client(shop: Shop) -> None:
 
 def test_a_service_that_stays_away_is_one_sentence(shop: Shop) -> None:
     add_image(shop.store, TAG)
+    (shop.folder / "sitecustomize.py").write_text("from bakehouse import cloud\ncloud.RETRY_SECONDS = 1.0\n")
     shop.local.stop("keystone")
     try:
-        done = shop.run("publish", TAG)
+        done = shop.run("publish", TAG, PYTHONPATH=f"{REPOSITORY}:{shop.folder}")
     finally:
         shop.local.start("keystone")
     assert done.status == 1
-    assert "here cannot be reached: connecting" in done.err
+    assert "error: here cannot be reached: connecting" in done.err
     assert "hint:" in done.err
     assert "Traceback" not in done.err
+
+
+def test_a_keystone_that_is_away_for_a_moment_is_waited_for(shop: Shop) -> None:
+    record = add_image(shop.store, TAG)
+    shop.local.stop("keystone")
+    try:
+        process = shop.start("publish", TAG)
+        assert process.stderr is not None
+        assert "trying again" in process.stderr.readline()
+    finally:
+        shop.local.start("keystone")
+    done = end(process)
+    assert done.status == 0, done.err
+    whole(shop, record)
 
 
 @contextlib.contextmanager

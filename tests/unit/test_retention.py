@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bakehouse import channel, compute, pin, retention
+from bakehouse import channel, compute, pin, published, retention
+from bakehouse.cloud import CloudError
 from bakehouse.compute import Usage
 from bakehouse.errors import BakehouseError
 from bakehouse.pin import Pin
@@ -112,7 +113,7 @@ def test_protected_ones_and_running_uploads_stay() -> None:
 def test_what_changed_since_the_plan_is_left_alone() -> None:
     cloud = cloud_with(*TAGS)
     cloud.images[f"slurm-{TAGS[2]}"][STATE] = "incoming"
-    cloud.time += 2 * retention.STALE
+    cloud.time += 2 * published.STALE
     before = planned(cloud)
     assert [verdict.image.tag for verdict in before if verdict.delete] == TAGS[3::-1]
     channel.promote(cloud, "", TAGS[0], "stable")
@@ -207,6 +208,32 @@ def test_servers_are_counted_by_image_page_after_page() -> None:
     found = compute.usage(cloud)
     assert (found.known, dict(found.servers)) == ("all projects", {"a": 2, "b": 1})
     assert (found.text("a"), found.text("z")) == ("2", "0")
+
+
+def test_servers_of_all_regions_are_counted() -> None:
+    """One Glance may serve several."""
+    cloud = FakeCloud()
+    cloud.servers = [server({"id": "a"})]
+    cloud.elsewhere = {"two": [server({"id": "a"}), server({"id": "b"})], "three": []}
+    assert dict(compute.usage(cloud).servers) == {"a": 2, "b": 1}
+    cloud.servers = None
+    assert dict(compute.usage(cloud).servers) == {"a": 1, "b": 1}, "also where the own region has no Nova"
+
+
+@pytest.mark.parametrize("own_glance", [False, True])
+def test_a_nova_of_another_region_that_is_away_is_said_or_stops_all(own_glance: bool) -> None:
+    cloud = FakeCloud()
+    cloud.servers, cloud.elsewhere = [server({"id": "a"})], {"two": []}
+    cloud.on("GET", lambda: None)
+    cloud.fail("GET", 503)
+    if not own_glance:
+        with pytest.raises(CloudError, match="HTTP 503"):
+            compute.usage(cloud)
+        return
+    cloud.glances = {"two": "http://there"}
+    found = compute.usage(cloud)
+    assert (found.known, dict(found.servers)) == ("own project", {"a": 1})
+    assert "the Nova of two does not answer" in found.reason
 
 
 def test_where_other_projects_cannot_be_seen_it_is_said() -> None:
