@@ -82,7 +82,7 @@ def _bake(
         verbose=verbose,
         wait=wait,
         verify=verify,
-        upload=cli_cloud.Target(cloud, region) if upload or cloud or region else None,
+        upload=cli_cloud.target(cloud, region, upload=upload),
         as_json=json,
     )
 
@@ -137,12 +137,12 @@ def _images_diff(_context: Context, old: str, new: str, json: bool = False) -> N
     cli_images.diff(old, new, as_json=json)
 
 
-def _sign(_context: Context, tag: str) -> None:
+def _sign(_context: Context, tag: str, dry_run: bool = False) -> None:
     """Sign an image of the store with the site's key; publish does it by itself.
 
     Example: invoke sign slurm
     """
-    cli_images.sign(tag)
+    cli_images.sign(tag, dry_run=dry_run)
 
 
 def _sign_check(_context: Context, tag: str) -> None:
@@ -226,14 +226,15 @@ def _rollback(
     channel: str,
     cloud: str = "",
     region: str = "",
+    force: bool = False,
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
-    """Move a channel back to the image before.
+    """Move a channel back to the image before. Refuses one that is not verified.
 
     Example: invoke rollback --platform slurm --channel stable --cloud mycloud
     """
-    cli_cloud.rollback(platform, of=channel, cloud=cloud, region=region, dry_run=dry_run, as_json=json)
+    cli_cloud.rollback(platform, of=channel, cloud=cloud, region=region, force=force, dry_run=dry_run, as_json=json)
 
 
 def _channels(_context: Context, platform: str = "", cloud: str = "", region: str = "", json: bool = False) -> None:
@@ -257,7 +258,7 @@ def _prune_images(
 ) -> None:
     """Show which published images are not needed any more and why; delete them with --yes.
 
-    Stays: what a channel points to or may be rolled back to, what an images.lock.yaml in this folder or below pins,
+    Stays: what a channel points to or may be rolled back to, what an images.lock.yaml in this git repository pins,
     what a server was made of, and the newest of each manifest.
 
     Examples:
@@ -338,12 +339,12 @@ def _show(_context: Context, tag: str, json: bool = False) -> None:
     cli.show(tag, as_json=json)
 
 
-def _remove(_context: Context, tag: str) -> None:
+def _remove(_context: Context, tag: str, dry_run: bool = False) -> None:
     """Remove an image from the store.
 
     Example: invoke images.remove 20261123-5853cc9
     """
-    cli.remove(tag)
+    cli.remove(tag, dry_run=dry_run)
 
 
 def _cache(_context: Context, json: bool = False) -> None:
@@ -351,7 +352,7 @@ def _cache(_context: Context, json: bool = False) -> None:
     cli.cache(as_json=json)
 
 
-def _prune(_context: Context, limit: str = "", everything: bool = False) -> None:
+def _prune(_context: Context, limit: str = "", everything: bool = False, dry_run: bool = False) -> None:
     """Shrink the cache to its limit, the longest unused first.
 
     Examples:
@@ -359,7 +360,7 @@ def _prune(_context: Context, limit: str = "", everything: bool = False) -> None
       invoke cache.prune --limit 5GiB
       invoke cache.prune --everything
     """
-    cli.prune(limit=limit, everything=everything)
+    cli.prune(limit=limit, everything=everything, dry_run=dry_run)
 
 
 def _verify(_context: Context, tag: str, firmware: str = "", verbose: bool = False, json: bool = False) -> None:
@@ -580,12 +581,12 @@ def _openstack_up(_context: Context, name: str = "") -> None:
     cli_openstack.up(name=name)
 
 
-def _openstack_down(_context: Context, delete: bool = False) -> None:
+def _openstack_down(_context: Context, delete: bool = False, dry_run: bool = False) -> None:
     """Stop the local OpenStack. Its images stay for the next time, unless --delete is given.
 
     Example: invoke openstack.down --delete
     """
-    cli_openstack.down(delete=delete)
+    cli_openstack.down(delete=delete, dry_run=dry_run)
 
 
 def _openstack_status(_context: Context, json: bool = False) -> None:
@@ -631,8 +632,8 @@ bake = command(
         "verbose": "show the output of diskimage-builder",
         "verify": "--no-verify: leave out booting and joining the image",
         "upload": "publish it, where its verification did not fail",
-        "cloud": "publish it to this cloud of clouds.yaml",
-        "region": "one of the cloud's regions",
+        "cloud": "with --upload: to this cloud of clouds.yaml",
+        "region": "with --upload: one of the cloud's regions",
         "wait": "wait for a bake of the same platform that is going on (--no-wait: fail)",
     },
 )
@@ -715,14 +716,14 @@ images.add_task(
 )
 images.add_task(command(_show, name="show", positional=["tag"], help=TAG | JSON))
 images.add_task(command(_timeline, name="timeline", positional=["tag"], help=TAG | JSON))
-images.add_task(command(_remove, name="remove", positional=["tag"], help=TAG))
+images.add_task(command(_remove, name="remove", positional=["tag"], help=TAG | DRY_RUN))
 cache = Collection("cache")
 cache.add_task(command(_cache, name="list", help=JSON), default=True)
 cache.add_task(
     command(
         _prune,
         name="prune",
-        help={"limit": "such as 5GiB; by default 'cache_limit_gib'", "everything": "empty the cache"},
+        help=DRY_RUN | {"limit": "such as 5GiB; by default 'cache_limit_gib'", "everything": "empty the cache"},
     )
 )
 bench = Collection("bench")
@@ -794,20 +795,21 @@ publish.add_task(
 )
 publish.add_task(command(_publish_check, name="check", help=CLOUD | JSON))
 CHANNEL = {"channel": "such as stable or candidate"}
+FORCE = {"force": "also where the image is not verified; kept in the history"}
 promote = command(
     _promote,
     name="promote",
     positional=["tag"],
     help=CLOUD
+    | FORCE
     | DRY_RUN
     | JSON
     | {
         "tag": "a published image's tag, its beginning, or a manifest's name for its newest",
         "to": "the channel; it is made where it is new",
-        "force": "also where the image is not verified; kept in the history",
     },
 )
-rollback = command(_rollback, name="rollback", help=PLATFORM | CHANNEL | CLOUD | DRY_RUN | JSON)
+rollback = command(_rollback, name="rollback", help=PLATFORM | CHANNEL | CLOUD | FORCE | DRY_RUN | JSON)
 channels = command(_channels, name="channels", help=PLATFORM | CLOUD | JSON)
 prune = command(
     _prune_images,
@@ -851,7 +853,7 @@ pin = command(
 )
 
 sign = Collection("sign")
-sign.add_task(command(_sign, name="image", positional=["tag"], help=TAG), default=True)
+sign.add_task(command(_sign, name="image", positional=["tag"], help=TAG | DRY_RUN), default=True)
 sign.add_task(command(_sign_check, name="check", positional=["tag"], help=TAG))
 sign.add_task(
     command(_sign_key, name="key", positional=["path"], help={"path": "the file of the private key; it must be new"})
@@ -859,7 +861,9 @@ sign.add_task(
 openstack = Collection("openstack")
 openstack.add_task(command(_openstack_up, name="up", help={"name": "its name in clouds.yaml; bakehouse by default"}))
 openstack.add_task(
-    command(_openstack_down, name="down", help={"delete": "its images, databases and clouds.yaml entries too"})
+    command(
+        _openstack_down, name="down", help=DRY_RUN | {"delete": "its images, databases and clouds.yaml entries too"}
+    )
 )
 openstack.add_task(command(_openstack_status, name="status", help=JSON), default=True)
 

@@ -177,7 +177,7 @@ class BaseCache:
         found += [_entry("KVM probe", self.kvm.name, self.kvm)] if self.kvm.exists() else []
         return sorted(found, key=lambda entry: entry.used)
 
-    def prune(self, limit: int, now: datetime.datetime) -> list[Entry]:
+    def prune(self, limit: int, now: datetime.datetime, *, dry_run: bool = False) -> list[Entry]:
         """Remove what is oldest until the cache is within the limit.
 
         Downloaded packages go file by file, those unused for FRESH_DAYS first; base roots that no image needs any
@@ -187,9 +187,10 @@ class BaseCache:
         Args:
             limit: bytes.
             now: the time that ages are counted to.
+            dry_run: remove nothing.
 
         Returns:
-            What was removed.
+            What was removed, or would be.
         """
         removed: list[Entry] = []
         bases = [entry for entry in self.entries() if entry.kind == "base root"]
@@ -202,15 +203,19 @@ class BaseCache:
         for entry in order:
             if total <= limit:
                 break
-            if entry.kind == "base root":
-                self.drop(entry.name)
-            elif entry.kind == SERVICES:
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                entry.path.unlink(missing_ok=True)
+            if not dry_run:
+                self._remove(entry)
             total -= entry.size
             removed.append(entry)
         return removed
+
+    def _remove(self, entry: Entry) -> None:
+        if entry.kind == "base root":
+            self.drop(entry.name)
+        elif entry.kind == SERVICES:
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            entry.path.unlink(missing_ok=True)
 
 
 def _entry(kind: str, name: str, path: Path, note: Path | None = None) -> Entry:

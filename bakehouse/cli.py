@@ -33,7 +33,7 @@ from bakehouse.errors import BakehouseError
 from bakehouse.plan import Plan
 from bakehouse.record import Record
 from bakehouse.store import LocalStore
-from bakehouse.terminal import GIB, age_text, console, errors, open_site, parse_size, print_json, size_text
+from bakehouse.terminal import GIB, age_text, console, errors, open_site, parse_size, print_json, say, size_text
 
 
 def _make_plan(name: str, settings: site.Settings, release: str, formats: str) -> Plan:
@@ -292,7 +292,7 @@ def show(tag: str, *, as_json: bool) -> None:
         console.print(f"[bold]{name:9}[/] {escape(value)}", highlight=False, soft_wrap=True)
 
 
-def remove(tag: str) -> None:
+def remove(tag: str, *, dry_run: bool) -> None:
     """Remove an image."""
     _, store, _ = open_site()
     found = store.get(tag)
@@ -300,6 +300,9 @@ def remove(tag: str) -> None:
         raise BakehouseError(
             f"'{tag}' is a manifest's name; to remove an image, name its tag", hint=f"its newest image is {found.tag}"
         )
+    if dry_run:
+        say(f"would remove {found.name} {found.tag}: {store.folder(found.tag)}")
+        return
     freed = store.remove(found)
     console.print(f"removed {found.name} {found.tag}, {size_text(freed)}", highlight=False)
 
@@ -321,16 +324,17 @@ def cache(*, as_json: bool) -> None:
     console.print(f"[dim]{size_text(total)} in {held.root} ({limit})[/]", highlight=False, soft_wrap=True)
 
 
-def prune(*, limit: str, everything: bool) -> None:
+def prune(*, limit: str, everything: bool, dry_run: bool) -> None:
     """Shrink the cache."""
     settings, _, held = open_site()
     size = parse_size(limit, "--limit") if limit else int(settings.cache_limit_gib * GIB)
-    removed = held.prune(0 if everything else size, datetime.datetime.now(datetime.UTC))
+    removed = held.prune(0 if everything else size, datetime.datetime.now(datetime.UTC), dry_run=dry_run)
     freed = sum(entry.size for entry in removed)
     bases = [entry.name for entry in removed if entry.kind == "base root"]
     services = sum(entry.kind == SERVICES for entry in removed)
     packages = len(removed) - len(bases) - services
-    console.print(f"removed {len(bases)} base roots and {packages} packages, {size_text(freed)}", highlight=False)
+    verb = "would remove" if dry_run else "removed"
+    console.print(f"{verb} {len(bases)} base roots and {packages} packages, {size_text(freed)}", highlight=False)
     if services:
         console.print("  and the services of the local OpenStack; `invoke openstack.up` installs them anew")
     for name in bases:

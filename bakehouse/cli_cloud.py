@@ -13,7 +13,19 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from bakehouse import channel, compute, inventory, manifest, pin, properties, retention, sbom, signature, upload
+from bakehouse import (
+    channel,
+    compute,
+    inventory,
+    manifest,
+    pin,
+    properties,
+    rehearsal,
+    retention,
+    sbom,
+    signature,
+    upload,
+)
 from bakehouse import publish as publication
 from bakehouse import record as record_module
 from bakehouse import settings as site
@@ -47,8 +59,23 @@ class Target:
         return _connect(settings, self.cloud, self.region)
 
 
+def target(cloud: str, region: str, *, upload: bool) -> Target | None:
+    """Return where a bake is published to; None where it is not.
+
+    Raises:
+        BakehouseError: a cloud is named, and nothing shall be published.
+    """
+    if not upload and (cloud or region):
+        flag = "--cloud" if cloud else "--region"
+        raise BakehouseError(f"{flag} without --upload", hint="--upload publishes the image there when it is baked")
+    return Target(cloud, region) if upload else None
+
+
 def _connect(settings: Settings, cloud: str, region: str) -> Cloud:
-    return connect(cloud, region=region, default=settings.cloud)
+    def warn(text: str) -> None:
+        errors.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    return connect(cloud, region=region, default=settings.cloud, say=warn)
 
 
 def _catalogue(cloud: Cloud, settings: Settings) -> Catalogue:
@@ -65,10 +92,8 @@ def publish(
     settings, store, _ = open_site()
     record = store.get(tag)
     with _connect(settings, cloud, region) as connected:
-        if dry_run:
-            _print_plan_of_publication(record, settings, store, connected, file_format)
-        else:
-            published(record, settings, store, connected, visibility=visibility, kind=file_format, as_json=as_json)
+        act = rehearsed if dry_run else published
+        act(record, settings, store, connected, visibility=visibility, kind=file_format, as_json=as_json)
 
 
 def published(
@@ -82,9 +107,7 @@ def published(
     as_json: bool = False,
 ) -> None:
     """Publish an image to a cloud that is connected, and print where it is."""
-    allowed = ("private", "shared", "community", "public")
-    if visibility and visibility not in allowed:
-        raise BakehouseError(f"--visibility {visibility}: it is one of {', '.join(allowed)}")
+    _check_visibility(visibility)
     progress = errors if as_json else console
     file, metadata = _metadata(record, settings, store, kind)
     folder = store.folder(record.tag)
@@ -111,6 +134,12 @@ def published(
         print_json(_row(done.image, None, None, cloud) | facts)
         return
     _print_publication(record, done, cloud)
+
+
+def _check_visibility(visibility: str) -> None:
+    allowed = ("private", "shared", "community", "public")
+    if visibility and visibility not in allowed:
+        raise BakehouseError(f"--visibility {visibility}: it is one of {', '.join(allowed)}")
 
 
 def _print_publication(record: Record, done: publication.Done, cloud: Cloud) -> None:
@@ -175,28 +204,63 @@ def _metadata(record: Record, settings: Settings, store: LocalStore, kind: str) 
     return file, made
 
 
-def _print_plan_of_publication(record: Record, settings: Settings, store: LocalStore, cloud: Cloud, kind: str) -> None:
+def rehearsed(
+    record: Record,
+    settings: Settings,
+    store: LocalStore,
+    cloud: Cloud,
+    *,
+    visibility: str = "",
+    kind: str = "",
+    as_json: bool = False,
+) -> None:
+    """Look as publishing does, and print what it would do."""
+    _check_visibility(visibility)
     file, metadata = _metadata(record, settings, store, kind)
-    upload.check(store.image(record, file.format), file)
-    there = [image for image in _catalogue(cloud, settings).images if image.tag == record.tag]
+    shown = visibility or settings.visibility
+    plan = rehearsal.rehearse(record, file, store, cloud, metadata, visibility=shown, set_visibility=bool(visibility))
+    if as_json:
+        print_json({
+            "name": record.name, "tag": record.tag, "cloud": cloud.name, "region": cloud.region, "size": file.size,
+            "outcome": plan.outcome, "id": plan.image.id if plan.image else None, "changes": sorted(plan.changes),
+            "visibility": shown, "properties": metadata.fields(), "dry_run": True,
+        })  # fmt: skip
+        return
     table = Table("Property", "Value", box=None, pad_edge=False)
     for key, value in metadata.fields().items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        table.add_row(key, escape(shown))
+        table.add_row(key, escape(_value_text(value)))
     console.print(table)
     console.print()
-    if there and not there[0].incoming:
-        say(f"{record.tag} is in {cloud.place} already: {there[0].id}")
-    else:
-        verb = "finish the upload of" if there else "upload"
-        say(f"would {verb} {size_text(file.size)} to {cloud.place}")
+    if plan.outcome == "published":
+        say(f"would upload {size_text(file.size)} to {cloud.place}, {shown}")
+    elif plan.image:
+        _print_rehearsal(record, file, plan, plan.image, cloud)
+
+
+def _print_rehearsal(
+    record: Record, file: ImageFile, plan: rehearsal.Rehearsal, image: Published, cloud: Cloud
+) -> None:
+    if plan.outcome == "finished":
+        say(f"would finish the upload of {size_text(file.size)} to {cloud.place}: {image.id}")
+        return
+    say(f"{record.tag} is in {cloud.place} already: {image.id}")
+    for key, value in sorted(plan.changes.items()):
+        has = image.image.properties.get(key, getattr(image.image, key, None))
+        say(f"would change {key}: {_value_text(has)} -> {_value_text(value)}")
+
+
+def _value_text(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "-" if value is None else str(value)
 
 
 def check(*, cloud: str, region: str, as_json: bool) -> None:
     """List what is in the store or in the cloud only, and what is amiss."""
     settings, store, _ = open_site()
     with _connect(settings, cloud, region) as connected:
-        findings = inventory.compare(store, _catalogue(connected, settings))
+        # Of the project that publish sends to, whosever images are chosen from.
+        findings = inventory.compare(store, Catalogue.read(connected))
         place = connected.place
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in findings])
@@ -249,11 +313,19 @@ def _signature_check(settings: Settings) -> Callable[[Published], None]:
     return check_it
 
 
-def rollback(name: str, *, of: str, cloud: str, region: str, dry_run: bool, as_json: bool) -> None:
+def rollback(name: str, *, of: str, cloud: str, region: str, force: bool, dry_run: bool, as_json: bool) -> None:
     """Move a channel back by one image, and print what that changed."""
     settings = site.load()
     with _connect(settings, cloud, region) as connected:
-        moved = channel.rollback(connected, settings.image_owner, name, of, dry_run=dry_run)
+        moved = channel.rollback(
+            connected,
+            settings.image_owner,
+            name,
+            of,
+            force=force,
+            dry_run=dry_run,
+            check=_signature_check(settings),
+        )
         _print_moved(moved, of, connected, dry_run=dry_run, as_json=as_json)
 
 
@@ -303,8 +375,8 @@ def channels(*, cloud: str, region: str, platform: str, as_json: bool) -> None:
     table = Table("Manifest", "Channel", "Move", "Tag", "When", "From", "By", "", box=None, pad_edge=False)
     for past in histories:
         for move in reversed(past.moves):
-            points = past.current is not None and move is past.moves[-1]
-            note = ("[green]points here[/] " if points else "") + ("[yellow]forced[/]" if move.forced else "")
+            points = "[green]points here[/] " if past.current else "[bold red]points here, deleted[/] "
+            note = (points if move is past.moves[-1] else "") + ("[yellow]forced[/]" if move.forced else "")
             kind = move.kind if move.kind == "promote" else f"[yellow]{move.kind}[/]"
             row = [move.tag, move.at.replace("T", " ").rstrip("Z"), move.before or "-", escape(move.by), note]
             table.add_row(past.name, past.channel, f"{move.number} {kind}", *row)
@@ -312,13 +384,13 @@ def channels(*, cloud: str, region: str, platform: str, as_json: bool) -> None:
 
 
 def _history_facts(past: channel.History) -> dict[str, Any]:
-    now, back = past.current, past.previous
+    now, back = past.current, past.back
     return {
         "platform": past.name,
         "channel": past.channel,
         "tag": now.tag if now else None,
         "id": now.id if now else None,
-        "rollback": back.tag if back else None,
+        "rollback": back[0].tag if back else None,
         "moves": [dataclasses.asdict(move) for move in past.moves],
     }
 
@@ -333,18 +405,22 @@ def prune(
     settings = site.load()
     pins = retention.pinned(Path.cwd(), [Path(name).expanduser() for name in locks])
     with _connect(settings, cloud, region) as connected:
-        catalogue = _catalogue(connected, settings)
-        usage = compute.usage(connected)
-        verdicts = retention.plan(
-            catalogue, usage, pins, keep=keep, rollback_steps=settings.rollback_steps, names=platforms
-        )
+
+        def plan() -> tuple[list[retention.Verdict], compute.Usage]:
+            usage = compute.usage(connected)
+            catalogue, steps = _catalogue(connected, settings), settings.rollback_steps
+            found = retention.plan(catalogue, usage, pins, keep=keep, rollback_steps=steps, names=platforms)
+            return found, usage
+
+        verdicts, usage = plan()
         going = [verdict for verdict in verdicts if verdict.delete]
         if not as_json:
             _print_verdicts(verdicts, usage, connected)
-        done = retention.delete(catalogue, verdicts) if yes else []
+        done = retention.delete(connected, verdicts, plan()[0]) if yes and going else []
     if as_json:
         failed = {gone.image.id: gone.error for gone in done}
-        print_json([_verdict_facts(verdict) | {"error": failed.get(verdict.image.id)} for verdict in verdicts])
+        rows = [_verdict_facts(verdict) | {"error": failed.get(verdict.image.id)} for verdict in verdicts]
+        print_json({"usage": {"known": usage.known, "reason": usage.reason}, "images": rows})
     elif going and not yes:
         console.print("\nNothing was deleted: [bold]--yes[/] does it.", highlight=False)
     elif yes:
@@ -430,21 +506,13 @@ def pin_image(
         catalogue = _catalogue(connected, settings)
         found = pin.choose(catalogue, platform, channel_name=of, tag=tag)
         entry = pin.pin_of(catalogue, found, "" if tag else of)
-    if dry_run:
-        console.print(
-            f"would pin {entry.platform} {entry.tag} ({entry.id}) in {escape(str(path))}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        return
-    before, changed = pin.write(path, entry)
+    before, changed = pin.write(path, entry, dry_run=dry_run)
     if as_json:
-        print_json(
-            {"file": str(path), "changed": changed, "before": before.tag if before else None, **entry.model_dump()}
-        )
+        facts = {"file": str(path), "changed": changed, "before": before.tag if before else None, "dry_run": dry_run}
+        print_json(facts | entry.model_dump())
         return
     was = f", in place of {before.tag}" if before and before.tag != entry.tag else ""
-    done = "pinned" if changed else "has been pinned before:"
+    done = ("would pin" if dry_run else "pinned") if changed else "has been pinned before:"
     console.print(
         f"{done} {entry.platform} {entry.tag} ({entry.id}) in {escape(str(path))}{was}", highlight=False, soft_wrap=True
     )

@@ -60,7 +60,7 @@ def _cells(change: Change) -> list[str]:
     return [change.name, mark, *map(escape, versions), escape(origin), escape(source)]
 
 
-def sign(tag: str) -> None:
+def sign(tag: str, *, dry_run: bool) -> None:
     """Sign an image of the store."""
     settings, store, _ = open_site()
     record = store.get(tag)
@@ -72,10 +72,9 @@ def sign(tag: str) -> None:
     folder = store.folder(record.tag)
     statement = signature.statement_of(record, record.files[0].format, folder)
     made = signature.sign(statement, signature.load_private_key(settings.signing_key))
-    path = signature.write_envelope(folder, statement, made)
-    console.print(
-        f"signed {record.name} {record.tag} with key {made.keyid[:16]}: {path}", highlight=False, soft_wrap=True
-    )
+    path = folder / signature.FILE_NAME if dry_run else signature.write_envelope(folder, statement, made)
+    verb = "would sign" if dry_run else "signed"
+    say(f"{verb} {record.name} {record.tag} with key {made.keyid[:16]}: {path}")
 
 
 def check(tag: str) -> None:

@@ -6,7 +6,7 @@ import datetime
 
 from rich.markup import escape
 
-from bakehouse import local_cloud
+from bakehouse import clouds_yaml, local_cloud
 from bakehouse import settings as site
 from bakehouse.errors import BakehouseError
 from bakehouse.local_cloud import SERVICES, LocalCloud
@@ -27,9 +27,14 @@ def up(*, name: str) -> None:
     console.print(f"\nNext: [bold]invoke publish slurm --cloud {made.name}[/]", highlight=False)
 
 
-def down(*, delete: bool) -> None:
+def down(*, delete: bool, dry_run: bool) -> None:
     """End it."""
-    found = local_cloud.down(delete=delete)
+    if dry_run:
+        there = local_cloud.find()
+        verb = "delete" if delete else "stop"
+        say(f"would {verb} '{there.name}' in {there.folder}" if there else "there is no local OpenStack here")
+        return
+    found = local_cloud.down(delete=delete, say=say)
     if delete:
         say(f"deleted the local OpenStack with its images, and '{found.name}' from {found.clouds_file}")
     else:
@@ -79,3 +84,7 @@ def _print(found: LocalCloud) -> None:
     ]
     for name, value in facts:
         console.print(f"[bold]{name:9}[/] {escape(value)}", highlight=False, soft_wrap=True)
+    read_here = clouds_yaml.user_file()
+    if read_here.resolve() != found.clouds_file.resolve():
+        remedy = f"here {read_here} is read in its place: export OS_CLIENT_CONFIG_FILE={found.clouds_file}"
+        console.print(f"[yellow]{escape(remedy)}[/]", highlight=False, soft_wrap=True)

@@ -24,6 +24,7 @@ import openstack.connection
 import openstack.exceptions
 import tenacity
 from keystoneauth1 import exceptions as keystone
+from keystoneauth1.adapter import Adapter
 
 from bakehouse.errors import BakehouseError
 from bakehouse.yamlfile import did_you_mean
@@ -37,6 +38,9 @@ RETRY_SECONDS = 120.0
 
 LONGEST_PAUSE_SECONDS = 10.0
 
+LONGEST_RETRY_AFTER_SECONDS = 60.0
+"""How long a service may tell us to stay away (Retry-After, RFC 9110) and be obeyed."""
+
 PASSING = {429, 500, 502, 503, 504}
 """HTTP status codes that may pass by themselves (RFC 9110)."""
 
@@ -49,20 +53,16 @@ class CloudError(BakehouseError):
         hint: what to do.
         status: the HTTP status code; 0 where no answer came.
         reason: what the service itself said.
+        retry_after: seconds that it asks us to wait before we try again.
     """
 
-    def __init__(self, message: str, *, hint: str = "", status: int = 0, reason: str = "") -> None:
+    def __init__(
+        self, message: str, *, hint: str = "", status: int = 0, reason: str = "", retry_after: float = 0.0
+    ) -> None:
         super().__init__(message, hint=hint)
         self.status = status
         self.reason = reason
-
-
-class _PassingError(Exception):
-    """Something that may go better in a moment."""
-
-    def __init__(self, error: CloudError) -> None:
-        super().__init__(str(error))
-        self.error = error
+        self.retry_after = retry_after
 
 
 @dataclass
@@ -125,6 +125,7 @@ class Cloud:
         path: str,
         *,
         service: str = "image",
+        region: str = "",
         ok: tuple[int, ...] = (200, 201, 204),
         what: str = "",
         retry: bool = True,
@@ -136,6 +137,7 @@ class Cloud:
             method: of HTTP.
             path: below the service's versioned endpoint.
             service: its type in the catalogue.
+            region: another one than that of the connection.
             ok: status codes that are no errors.
             what: what is being done, for errors, such as "listing images".
             retry: send it again; for requests that may arrive twice.
@@ -144,27 +146,27 @@ class Cloud:
         Raises:
             CloudError: the service refused it, or was away for too long.
         """
-        attempt: Callable[[], Answer] = lambda: self._once(method, path, service, ok, what, options)  # noqa: E731
-        try:
-            if not retry:
-                return attempt()
-            return tenacity.Retrying(
-                retry=tenacity.retry_if_exception_type(_PassingError),
-                wait=tenacity.wait_random_exponential(multiplier=0.3, max=LONGEST_PAUSE_SECONDS),
-                stop=tenacity.stop_after_delay(self.patience),
-                reraise=True,
-            )(attempt)
-        except _PassingError as passing:
-            raise passing.error from passing.__cause__
+        attempt: Callable[[], Answer] = lambda: self._once(  # noqa: E731
+            method, path, service, region, ok, what, options
+        )
+        return _retrying(self.patience)(attempt) if retry else attempt()
 
     def _once(
-        self, method: str, path: str, service: str, ok: tuple[int, ...], what: str, options: Mapping[str, Any]
+        self,
+        method: str,
+        path: str,
+        service: str,
+        region: str,
+        ok: tuple[int, ...],
+        what: str,
+        options: Mapping[str, Any],
     ) -> Answer:
         doing = what or f"{method} {path}"
         timeout = (CONNECT_SECONDS, ANSWER_SECONDS)
+        asked = datetime.datetime.now(datetime.UTC)
         headers = {"Accept": "application/json", **options.get("headers", {})}
         try:
-            answer = self._adapter(service).request(
+            answer = self._adapter(service, region).request(
                 path,
                 method,
                 raise_exc=False,
@@ -178,23 +180,42 @@ class Cloud:
             explained = explain(error, self.name, doing)
             if explained is None:
                 raise
-            if explained.status == 0 or explained.status in PASSING:
-                raise _PassingError(explained) from error
             raise explained from error
-        self._set_clock(answer.headers)
+        self._set_clock(answer.headers, asked)
         if answer.status_code in ok:
             return Answer(answer.status_code, answer.headers, text)
-        refused = self.refusal(answer.status_code, text, doing)
-        raise _PassingError(refused) if answer.status_code in PASSING else refused
+        raise self.refusal(answer.status_code, text, doing, _retry_after(answer))
 
-    def refusal(self, status: int, text: str, doing: str) -> CloudError:
+    def refusal(self, status: int, text: str, doing: str, retry_after: float = 0.0) -> CloudError:
         """Return the error for an answer that says no."""
         reason = reason_of(text)
         said = f"{self.place}: {doing}: {reason or 'refused'} (HTTP {status})"
-        return CloudError(said, hint=_hint(status, reason, self.name), status=status, reason=reason)
+        hint = _hint(status, reason, self.name)
+        return CloudError(said, hint=hint, status=status, reason=reason, retry_after=retry_after)
 
-    def _adapter(self, service: str) -> Any:
+    def _adapter(self, service: str, region: str) -> Any:
+        if region and region != self.region:
+            return Adapter(
+                session=self.connection.session,
+                service_type=service,
+                region_name=region,
+                interface=self.connection.config.get_interface(),
+                min_version="2",
+                max_version="2.latest",
+            )
         return {"image": self.connection.image, "compute": self.connection.compute}[service]
+
+    def endpoints(self, service: str) -> dict[str, str]:
+        """Return a service's addresses by region: of all regions in the catalogue, which the credential sees.
+
+        Raises:
+            CloudError: the token has expired and cannot be renewed.
+        """
+        with _explained(self.name, f"looking for its {service} service"):
+            found = _access(self.connection).service_catalog.get_endpoints_data(
+                service_type=service, interface=self.connection.config.get_interface() or "public"
+            )
+        return {one.region_name or "": one.url for several in found.values() for one in several}
 
     def has(self, service: str) -> bool:
         """Say whether the catalogue has a service in this region."""
@@ -211,22 +232,59 @@ class Cloud:
             return False
         return endpoint is not None
 
-    def _set_clock(self, headers: Mapping[str, str]) -> None:
+    def _set_clock(self, headers: Mapping[str, str], asked: datetime.datetime) -> None:
         # Servers with a clock say the time (RFC 9110), but for a bare uWSGI: then the token's time counts.
         try:
             said = email.utils.parsedate_to_datetime(headers["Date"]).astimezone(datetime.UTC)
         except (KeyError, TypeError, ValueError):
             return
-        self.skew = _skew(said)
+        self.skew = _skew(said, asked, self.skew)
 
 
-def connect(name: str = "", *, region: str = "", default: str = "") -> Cloud:
-    """Connect to a cloud and check the credential.
+def is_passing(error: BaseException) -> bool:
+    """Say whether an error may pass by itself."""
+    return isinstance(error, CloudError) and (error.status == 0 or error.status in PASSING)
+
+
+def _retrying(patience: float, say: Callable[[str], None] = lambda _text: None) -> tenacity.Retrying:
+    """Return what tries again where an error may pass, with growing, jittered pauses, for so many seconds."""
+    growing = tenacity.wait_random_exponential(multiplier=0.3, max=LONGEST_PAUSE_SECONDS)
+
+    def pause(state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        asked = error.retry_after if isinstance(error, CloudError) else 0.0
+        return max(growing(state), asked)
+
+    def tell(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        if state.attempt_number == 1 and isinstance(error, CloudError):
+            say(f"{error.message}; trying again for up to {patience:.0f} s")
+
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_passing),
+        wait=pause,
+        stop=tenacity.stop_before_delay(patience),
+        before_sleep=tell,
+        reraise=True,
+    )
+
+
+def _retry_after(answer: Any) -> float:
+    """Return the seconds that an answer asks us to wait; 0 where it does not, or names a date."""
+    said = getattr(answer, "headers", {}).get("Retry-After", "")
+    return min(float(said), LONGEST_RETRY_AFTER_SECONDS) if said.isdigit() else 0.0
+
+
+def connect(
+    name: str = "", *, region: str = "", default: str = "", say: Callable[[str], None] = lambda _text: None
+) -> Cloud:
+    """Connect to a cloud and check the credential. A cloud that is away is tried again, a refusal is final.
 
     Args:
         name: as in clouds.yaml; ``OS_CLOUD`` by default, then the default, then what ``OS_AUTH_URL`` and its kin say.
         region: one of several that the cloud has.
         default: the site's own cloud.
+        say: takes a line where the cloud is away at first.
 
     Raises:
         BakehouseError: no cloud is named, it is not in clouds.yaml, it cannot be reached, or refuses the credential.
@@ -244,14 +302,18 @@ def connect(name: str = "", *, region: str = "", default: str = "") -> Cloud:
             f"there is no cloud '{chosen}' in clouds.yaml{did_you_mean(chosen, known)}",
             hint=f"it has {', '.join(known)}" if known else "docs/publish.md says where clouds.yaml is looked for",
         )
-    shown = chosen or "the cloud of OS_AUTH_URL"
-    with _explained(shown, "connecting"):
+    return _retrying(RETRY_SECONDS, say)(lambda: _connect_once(config, chosen, region))
+
+
+def _connect_once(config: openstack.config.OpenStackConfig, chosen: str, region: str) -> Cloud:
+    with _explained(chosen or "the cloud of OS_AUTH_URL", "connecting"):
         found = config.get_one(cloud=chosen or None, region_name=region or None)
         connection = openstack.connection.Connection(config=found, app_name="bakehouse")
         try:
+            asked = datetime.datetime.now(datetime.UTC)
             access = _access(connection)
             place = found.get_region_name() or ""
-            cloud = Cloud(chosen or "envvars", place, access.project_id or "", connection, _skew(access.issued))
+            cloud = Cloud(chosen or "envvars", place, access.project_id or "", connection, _skew(access.issued, asked))
             _must_be_usable(cloud)
         except BaseException:
             connection.close()
@@ -265,10 +327,16 @@ def _access(connection: openstack.connection.Connection) -> Any:
     return plugin.get_access(connection.session)
 
 
-def _skew(said: datetime.datetime) -> datetime.timedelta:
-    """Return how far a clock that says this time now is ahead; what a slow answer explains is nothing."""
-    ahead = said - datetime.datetime.now(datetime.UTC)
-    return ahead if abs(ahead) > datetime.timedelta(seconds=ANSWER_SECONDS) else datetime.timedelta(0)
+def _skew(
+    said: datetime.datetime, asked: datetime.datetime, known: datetime.timedelta = datetime.timedelta(0)
+) -> datetime.timedelta:
+    """Return how far a clock is ahead of ours that said a time, in whole seconds, at a moment between then and now.
+
+    What is known of it already holds, as far as that can be.
+    """
+    least = said - datetime.datetime.now(datetime.UTC)
+    most = said + datetime.timedelta(seconds=1) - asked
+    return min(max(known, least), most)
 
 
 def _must_be_usable(cloud: Cloud) -> None:
@@ -317,7 +385,10 @@ def explain(error: Exception, cloud: str, doing: str) -> CloudError | None:
             return CloudError(message.format(cloud=cloud, doing=doing, text=text), hint=hint, status=status)
     if isinstance(error, keystone.HttpError | openstack.exceptions.HttpException):
         status = getattr(error, "http_status", None) or getattr(error, "status_code", None) or 0
-        return CloudError(f"{cloud}: {doing}: {text}", hint=_hint(status, text, cloud), status=status)
+        after = _retry_after(error.response)
+        return CloudError(
+            f"{cloud}: {doing}: {text}", hint=_hint(status, text, cloud), status=status, retry_after=after
+        )
     if isinstance(error, keystone.ClientException | openstack.exceptions.SDKException):
         return CloudError(
             f"{cloud}: {doing}: {text}", hint="check its entry in clouds.yaml", status=HTTPStatus.BAD_REQUEST
@@ -343,6 +414,12 @@ _MEANINGS: tuple[tuple[tuple[type[Exception], ...], str, str, int], ...] = (
         "{cloud}: {doing}: the service is not in its catalogue: {text}",
         "check 'region_name' and 'interface' in clouds.yaml",
         HTTPStatus.NOT_FOUND,
+    ),
+    (
+        (keystone.ConnectTimeout,),
+        "{cloud} does not answer in time: {doing}: {text}",
+        "try again; if it stays so, the cloud's operator has logs",
+        HTTPStatus.GATEWAY_TIMEOUT,
     ),
     (
         (keystone.ConnectFailure, keystone.RetriableConnectionFailure, keystone.DiscoveryFailure),
@@ -373,6 +450,8 @@ def reason_of(text: str) -> str:
 
 def _hint(status: int, reason: str, cloud: str) -> str:
     about = reason.lower()
+    if "properties" in about and ("limit" in about or "quota" in about):
+        return "the image has as many as Glance takes: `openstack image unset --property NAME IMAGE` makes room for one"
     if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE or "quota" in about or "limit" in about:
         if "storage media" in about or "disk space" in about:
             return "Glance's own store is full: its operator must make room; `invoke prune` removes old images"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from platformdirs import user_config_path
 
 from bakehouse.cache import write_atomically
 from bakehouse.errors import BakehouseError
@@ -16,11 +17,23 @@ from bakehouse.errors import BakehouseError
 BEGIN = "# begin: made by `invoke openstack.up`: {name}"
 END = "# end: {name}"
 
+SECRET = 0o600
+"""Mode of a file that only its owner reads."""
+
 
 def user_file() -> Path:
-    """Return the file that entries go to: the one that ``OS_CLIENT_CONFIG_FILE`` names, or the user's own."""
+    """Return the file that entries go to: the one that openstacksdk reads here, which is the first that is there.
+
+    It is the one that ``OS_CLIENT_CONFIG_FILE`` names, in this folder, or the user's own. The host's own, in ``/etc``,
+    is for others as well and gets no secrets of ours.
+    """
     named = os.environ.get("OS_CLIENT_CONFIG_FILE")
-    return Path(named) if named else Path("~/.config/openstack/clouds.yaml").expanduser()
+    if named:
+        return Path(named).absolute()
+    own = Path("~/.config/openstack").expanduser()
+    folders = [Path.cwd(), user_config_path("openstack"), own]
+    there = [folder / f"clouds.{kind}" for folder in folders for kind in ("yaml", "yml", "json")]
+    return next((path for path in there if path.exists()), own / "clouds.yaml")
 
 
 def names(path: Path) -> list[str]:
@@ -33,13 +46,14 @@ def names(path: Path) -> list[str]:
     return [*clouds] if isinstance(clouds, dict) else []
 
 
-def add(path: Path, name: str, entry: Mapping[str, object]) -> None:
+def add(path: Path, name: str, entry: Mapping[str, object], say: Callable[[str], None] = lambda _text: None) -> None:
     """Add an entry, or replace the one of this name that was added before.
 
     Args:
-        path: the file; it is made, readable by its owner only, where it is missing.
+        path: the file; it is made where it is missing. It holds secrets: only its owner may read it from now on.
         name: of the cloud.
         entry: what stands below it.
+        say: takes a line where others could read it before.
 
     Raises:
         BakehouseError: somebody else's entry has that name, or the file is not of a shape that text can be added to.
@@ -65,7 +79,9 @@ def add(path: Path, name: str, entry: Mapping[str, object]) -> None:
             hint="write 'clouds:' on a line of its own with its entries indented below, or name another file in "
             "OS_CLIENT_CONFIG_FILE",
         )
-    _write(path, changed)
+    if path.exists() and _mode(path) & 0o077:
+        say(f"{path} gets a secret: only its owner can read it from now on (mode 600, it was {_mode(path):o})")
+    _write(path, changed, SECRET)
 
 
 def remove(path: Path, name: str) -> bool:
@@ -78,10 +94,10 @@ def remove(path: Path, name: str) -> bool:
     rest = _without(text, name)
     if rest == text:
         return False
-    if rest.strip() == "clouds:":
+    if rest.strip() == "clouds:" and not path.is_symlink():
         path.unlink()
     else:
-        _write(path, rest)
+        _write(path, rest, _mode(path))
     return True
 
 
@@ -117,10 +133,15 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
     return data
 
 
-def _write(path: Path, text: str) -> None:
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def _write(path: Path, text: str, mode: int) -> None:
+    # Where it is a link, the link stays.
+    target = path.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_atomically(path, text, mode=mode)
+        write_atomically(target, text, mode=mode)
     except OSError as error:
         raise BakehouseError(f"{path} cannot be written: {error.strerror}") from error

@@ -31,30 +31,54 @@ class Usage:
 def usage(cloud: Cloud) -> Usage:
     """Ask how many servers use each image: in all projects where we may, else in our own.
 
+    All regions are asked: one Glance may serve several.
+
     Raises:
-        CloudError: Nova is there, but does not answer.
+        CloudError: Nova is there and uses this Glance, but does not answer.
     """
-    if not cloud.has("compute"):
+    regions = sorted(cloud.endpoints("compute"))
+    if not regions:
         return Usage("", f"{cloud.place} has no compute service (Nova) in its catalogue", Counter())
+    found = [_usage_in(cloud, region) for region in regions]
+    known = {one.known for one in found}
+    return Usage(
+        "all projects" if known == {"all projects"} else "own project" if any(known) else "",
+        "; ".join(dict.fromkeys(one.reason for one in found if one.reason)),
+        sum((one.servers for one in found), Counter()),
+    )
+
+
+def _usage_in(cloud: Cloud, region: str) -> Usage:
+    where = "" if region == cloud.region else f" in {region}"
     try:
-        return Usage("all projects", "", _count(cloud, "all_tenants=1&"))
+        return Usage("all projects", "", _count(cloud, region, "all_tenants=1&"))
     except CloudError as error:
         if error.status != HTTPStatus.FORBIDDEN:
-            raise
+            return _not_answered(cloud, region, error)
     try:
-        servers = _count(cloud, "")
+        servers = _count(cloud, region, "")
     except CloudError as error:
         if error.status not in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-            raise
-        return Usage("", "the credential may not list servers", Counter())
+            return _not_answered(cloud, region, error)
+        return Usage("", f"the credential may not list servers{where}", Counter())
     return Usage("own project", "servers of other projects cannot be seen with this credential", servers)
 
 
-def _count(cloud: Cloud, scope: str) -> Counter[str]:
+def _not_answered(cloud: Cloud, region: str, error: CloudError) -> Usage:
+    """Return what is known of a Nova that does not answer: nothing, and that only where it has a Glance of its own."""
+    images = cloud.endpoints("image")
+    ours = images.get(cloud.region)
+    if images.get(region, ours) == ours:
+        raise error
+    return Usage("", f"the Nova of {region} does not answer ({error.message})", Counter())
+
+
+def _count(cloud: Cloud, region: str, scope: str) -> Counter[str]:
     found: Counter[str] = Counter()
     path: str | None = f"/servers/detail?{scope}limit={PAGE}"
+    what = f"listing servers in {region}" if region else "listing servers"
     while path:
-        page = cloud.request("GET", path, service="compute", what="listing servers").json()
+        page = cloud.request("GET", path, service="compute", region=region, what=what).json()
         for server in page["servers"]:
             image = server.get("image")
             if isinstance(image, dict) and image.get("id"):

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from bakehouse.cloud import CONNECT_SECONDS, PASSING, Cloud, CloudError, explain
+from bakehouse.cloud import CONNECT_SECONDS, Cloud, CloudError, explain
 from bakehouse.errors import BakehouseError
 
 PAGE = 1000
@@ -82,6 +82,15 @@ def _image(data: Mapping[str, Any]) -> CloudImage:
     )
 
 
+def _is(image: CloudImage, key: str, value: object) -> bool:
+    """Say whether an image has a value of a field or property; None: whether it has no such property."""
+    if key == "tags":
+        return isinstance(value, list) and sorted(value) == [*image.tags]
+    if key in BASE_FIELDS:
+        return getattr(image, "hidden" if key == "os_hidden" else key, None) == value
+    return image.properties.get(key) == value
+
+
 class Chunks(Protocol):
     """The data of an upload: it knows its length, and begins anew each time that it is iterated."""
 
@@ -146,6 +155,9 @@ class Glance:
     def change(self, image: CloudImage, changes: Mapping[str, object]) -> CloudImage:
         """Change fields, tags and properties in one step: all of them or none.
 
+        Where the answer is lost, the request is sent again; then a property that was to be removed is gone already, and
+        Glance says so. That is no error where the image is as it was to be.
+
         Args:
             image: the image as it was read.
             changes: new values; None removes a property.
@@ -164,8 +176,15 @@ class Glance:
             return image
         headers = {"Content-Type": PATCH_TYPE}
         what = f"changing image {image.name}"
-        answer = self.cloud.request("PATCH", f"/images/{image.id}", data=json.dumps(patch), headers=headers, what=what)
-        return _image(answer.json())
+        answer = self.cloud.request(
+            "PATCH", f"/images/{image.id}", data=json.dumps(patch), headers=headers, ok=(200, 409), what=what
+        )
+        if answer.status == HTTPStatus.OK:
+            return _image(answer.json())
+        found = self.get(image.id)
+        if found is None or not all(_is(found, key, value) for key, value in changes.items()):
+            raise self.cloud.refusal(answer.status, answer.text, what)
+        return found
 
     def upload(self, identity: str, data: Chunks) -> None:
         """Send an image's data. It is sent once; who calls looks what came of it.
@@ -224,8 +243,3 @@ class Glance:
             self.cloud.request("DELETE", f"/images/{image.id}", ok=(204, 404), what=what).status
             == HTTPStatus.NO_CONTENT
         )
-
-
-def is_passing(error: CloudError) -> bool:
-    """Say whether an error may pass by itself."""
-    return error.status == 0 or error.status in PASSING

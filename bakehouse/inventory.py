@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import tenacity
+
 from bakehouse import channel
+from bakehouse.cloud import is_passing
 from bakehouse.errors import BakehouseError
 from bakehouse.glance import Glance
 from bakehouse.published import Catalogue, Published
 from bakehouse.record import Record
 from bakehouse.store import LocalStore
+
+MOST_TRIES = 3
+"""Downloads of one image, where the connection breaks."""
+
+UPLOADING = {"saving", "uploading", "importing"}
+"""States in which Glance takes data (Image API v2)."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +29,8 @@ class Finding:
     """One image that is not in both places, or not as it should be."""
 
     state: str
-    """``store only``, ``cloud only``, ``unfinished``, ``differs``, ``doubled``, ``lost``, ``hidden`` or ``shown``."""
+    """``store only``, ``cloud only``, ``uploading``, ``unfinished``, ``differs``, ``doubled``, ``lost``, ``hidden`` or
+    ``shown``."""
     name: str
     """The manifest's."""
     tag: str
@@ -41,7 +52,7 @@ def compare(store: LocalStore, catalogue: Catalogue) -> list[Finding]:
     seen: dict[tuple[str, str], Published] = {}
     for image in catalogue.images:
         key = (image.name, image.tag)
-        found += _of_cloud(image, records.get(key), seen.get(key))
+        found += _of_cloud(image, records.get(key), seen.get(key), catalogue.cloud.clock)
         seen.setdefault(key, image)
     for key, record in records.items():
         if key not in seen:
@@ -51,15 +62,32 @@ def compare(store: LocalStore, catalogue: Catalogue) -> list[Finding]:
             state = "hidden" if image.image.hidden else "shown"
             why = "though a channel points to it" if image.image.hidden else "though all channels have left it"
             found.append(Finding(state, image.name, image.tag, image.id, f"{why}: the next move mends it", True))
+    found += _lost_targets(catalogue)
     return sorted(found, key=lambda finding: (finding.name, finding.tag))
 
 
-def _of_cloud(image: Published, record: Record | None, other: Published | None) -> list[Finding]:
+def _lost_targets(catalogue: Catalogue) -> list[Finding]:
+    """Return the images that channels point to and that have been deleted."""
+    histories = [channel.history(catalogue, name, one) for name, one in catalogue.channels()]
+    lost = [(past, past.moves[-1]) for past in histories if past.current is None]
+    why = "the channel {} points to it, and it is deleted: promote another, or roll back"
+    return [
+        Finding("lost", past.name, move.tag, move.image, why.format(past.channel), fault=True) for past, move in lost
+    ]
+
+
+def _of_cloud(
+    image: Published, record: Record | None, other: Published | None, now: datetime.datetime
+) -> list[Finding]:
     def finding(state: str, detail: str, fault: bool = True) -> Finding:
         return Finding(state, image.name, image.tag, image.id, detail, fault)
 
     if image.incoming:
         again = f"`invoke publish {image.tag}` finishes it" if record else "`invoke prune` removes it after a day"
+        if image.image.status in UPLOADING and not image.abandoned(now):
+            return [
+                finding("uploading", "somebody is sending it; else `invoke prune` removes it after a day", fault=False)
+            ]
         return [finding("unfinished", f"its upload did not come to its end; {again}")]
     if other is not None:
         return [finding("doubled", f"{other.id} has the same tag; delete one by hand")]
@@ -83,6 +111,25 @@ def _of_store(record: Record, catalogue: Catalogue) -> Finding:
     return Finding("store only", record.name, record.tag, "", "not published", False)
 
 
+def _download(image: Published, glance: Glance, tell: Callable[[int], None]) -> tuple[str, int]:
+    """Return the SHA-512 of an image's data and its length. A download that breaks off is begun again."""
+
+    def once() -> tuple[str, int]:
+        digest, count = hashlib.sha512(), 0
+        for piece in glance.download(image.image):
+            digest.update(piece)
+            count += len(piece)
+            tell(count)
+        return digest.hexdigest(), count
+
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_passing),
+        wait=tenacity.wait_exponential(multiplier=2, max=20),
+        stop=tenacity.stop_after_attempt(MOST_TRIES),
+        reraise=True,
+    )(once)
+
+
 def verify(image: Published, record: Record | None, cloud_glance: Glance, tell: Callable[[int], None]) -> list[str]:
     """Download an image and check that it is what was baked.
 
@@ -98,12 +145,7 @@ def verify(image: Published, record: Record | None, cloud_glance: Glance, tell: 
     Raises:
         BakehouseError: it is something else, or cannot be downloaded.
     """
-    digest, count = hashlib.sha512(), 0
-    for piece in cloud_glance.download(image.image):
-        digest.update(piece)
-        count += len(piece)
-        tell(count)
-    found = digest.hexdigest()
+    found, count = _download(image, cloud_glance, tell)
     expected = {"its property bakehouse_sha512": image.says("sha512")}
     if image.image.hash_algorithm == "sha512":
         expected["Glance's own hash"] = image.image.hash_value

@@ -346,7 +346,7 @@ def up(
     """
     where = folder or default_folder()
     where.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with lock.held(where.with_suffix(".lock"), "the local OpenStack", wait=True, say=say):
+    with _held(where, say):
         environment = install(cache, say)
         found = find(where)
         if found is None and (where / NOTE).exists():
@@ -369,30 +369,38 @@ def up(
                 say(f"starting {service}")
                 found.start(service)
         if not (where / "ready").exists():
-            _furnish(found)
+            _furnish(found, say)
             (where / "ready").touch()
         elif found.name not in clouds_yaml.names(found.clouds_file):
             # Somebody took it out.
-            _enter(found)
+            _enter(found, say)
     return found
 
 
-def down(folder: Path | None = None, *, delete: bool = False) -> LocalCloud:
+def down(
+    folder: Path | None = None, *, delete: bool = False, say: Callable[[str], None] = lambda _text: None
+) -> LocalCloud:
     """End a local OpenStack; its data stays, unless it shall be deleted.
 
     Raises:
         BakehouseError: there is none.
     """
-    found = find(folder)
-    if found is None:
-        raise BakehouseError("there is no local OpenStack here", hint="`invoke openstack.up` makes one")
-    for service in SERVICES:
-        found.stop(service)
-    if delete:
-        for name in (found.name, found.admin_name):
-            clouds_yaml.remove(found.clouds_file, name)
-        shutil.rmtree(found.folder)
+    with _held(folder or default_folder(), say):
+        found = find(folder)
+        if found is None:
+            raise BakehouseError("there is no local OpenStack here", hint="`invoke openstack.up` makes one")
+        for service in SERVICES:
+            found.stop(service)
+        if delete:
+            for name in (found.name, found.admin_name):
+                clouds_yaml.remove(found.clouds_file, name)
+            shutil.rmtree(found.folder)
     return found
+
+
+def _held(folder: Path, say: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
+    """Keep others from bringing it up or down."""
+    return lock.held(folder.with_suffix(".lock"), "the local OpenStack", wait=True, say=say)
 
 
 # Installing.
@@ -478,7 +486,7 @@ def _prepare(made: LocalCloud) -> None:
     _save(made)
 
 
-def _furnish(made: LocalCloud) -> None:
+def _furnish(made: LocalCloud, say: Callable[[str], None]) -> None:
     """Make what Keystone knows of Glance, the first project and its user, and write clouds.yaml."""
     setup = json.loads((made.folder / "setup.json").read_text())
     admin = made.admin()
@@ -501,7 +509,7 @@ def _furnish(made: LocalCloud) -> None:
         identity.assign_system_role_to_user(user, _found(identity.find_role, "reader"), "all")
     finally:
         admin.close()
-    _enter(made)
+    _enter(made, say)
 
 
 def _identity(connection: openstack.connection.Connection) -> Any:
@@ -517,10 +525,10 @@ def _found(find: Callable[..., Any], name: str) -> Any:
         return None
 
 
-def _enter(made: LocalCloud) -> None:
+def _enter(made: LocalCloud, say: Callable[[str], None]) -> None:
     member = made.add_member(USER, PROJECT)
-    clouds_yaml.add(made.clouds_file, made.name, made.entry(member))
-    clouds_yaml.add(made.clouds_file, made.admin_name, made.admin_entry())
+    clouds_yaml.add(made.clouds_file, made.name, made.entry(member), say)
+    clouds_yaml.add(made.clouds_file, made.admin_name, made.admin_entry(), say)
 
 
 def _keystone_conf(folder: Path) -> str:

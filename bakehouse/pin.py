@@ -134,10 +134,27 @@ def _hcl(value: str) -> str:
     return json.dumps(value, ensure_ascii=False).replace("${", "$${").replace("%{", "%%{")
 
 
+def top(folder: Path) -> Path:
+    """Return the top folder of the git repository that a folder is in; the folder itself where it is in none."""
+    folder = folder.resolve()
+    return next((place for place in (folder, *folder.parents) if (place / ".git").exists()), folder)
+
+
 def find(folder: Path) -> list[Path]:
-    """Return the lock files in a folder and below it; not in those of tools and of version control."""
+    """Return the lock files in a folder and below it; not in those of tools and of version control.
+
+    Raises:
+        BakehouseError: a folder cannot be read. Whether there are lock files in it is not known then.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise BakehouseError(
+            f"{error.filename} cannot be read: {error.strerror}; what lock files in it pin is not known",
+            hint="run it as somebody who may read it, or in the folder of your deploy configs",
+        ) from error
+
     found = []
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(set(folders) - SKIPPED)
         if FILE_NAME in files:
             found.append(Path(place) / FILE_NAME)
@@ -155,11 +172,16 @@ def read(path: Path) -> Lock:
     return yamlfile.check(Lock, yamlfile.read(path))
 
 
-def write(path: Path, new: Pin) -> tuple[Pin | None, bool]:
+def write(path: Path, new: Pin, *, dry_run: bool = False) -> tuple[Pin | None, bool]:
     """Pin an image, in place of the one of the same platform, cloud and region.
 
+    Args:
+        path: the lock file; it is made where it is missing.
+        new: the image.
+        dry_run: change nothing.
+
     Returns:
-        What was pinned before, and whether the file changed.
+        What was pinned before, and whether the file changed, or would change.
 
     Raises:
         BakehouseError: the file is there and is not a lock file, or cannot be written.
@@ -167,8 +189,8 @@ def write(path: Path, new: Pin) -> tuple[Pin | None, bool]:
     lock = read(path) if path.exists() else Lock()
     same = [entry for entry in lock.images if _place(entry) == _place(new)]
     before = same[0] if same else None
-    if before == new:
-        return before, False
+    if before == new or dry_run:
+        return before, before != new
     entries = sorted([*(entry for entry in lock.images if _place(entry) != _place(new)), new], key=_place)
     text = (
         "# Images that this deployment uses. `invoke pin` writes it; commit it.\n"

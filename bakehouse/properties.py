@@ -44,9 +44,10 @@ DATE = r"\d{4}-\d\d-\d\d"
 
 KNOWN = {
     "architecture": r"x86_64|aarch64|ppc64le|s390x|riscv64",
-    "hw_cdrom_bus": r"scsi|virtio|ide|usb|sata",
+    "hw_architecture": r"x86_64|aarch64|ppc64le|s390x|riscv64",
+    "hw_cdrom_bus": r"scsi|virtio|ide|usb|sata|fdc|lxc|uml|xen",
     "hw_cpu_policy": r"shared|dedicated|mixed",
-    "hw_disk_bus": r"scsi|virtio|ide|usb|sata",
+    "hw_disk_bus": r"scsi|virtio|ide|usb|sata|fdc|lxc|uml|xen",
     "hw_firmware_stateless": r"true|false",
     "hw_firmware_type": r"bios|uefi",
     "hw_machine_type": r"[\w.+-]+",
@@ -162,6 +163,11 @@ def make(
             else:
                 values[key] = value
     fields = {key: int(values.pop(key, default)) for key, default in FIELDS.items()}
+    if fields["min_disk"] * GIB < file.virtual_size:
+        raise BakehouseError(
+            f"min_disk: {fields['min_disk']} GiB is less than {record.tag} has, {file.virtual_size / GIB:.1f} GiB",
+            hint="Nova makes no server of it then: take it out of 'image_properties' in bakehouse.yaml or the manifest",
+        )
     values |= _own(record, file, record_sha256, signature)
     for key, value in values.items():
         if len(value) > LONGEST_VALUE:

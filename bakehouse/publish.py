@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import re
+import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -18,9 +20,9 @@ from rich.console import Console
 
 from bakehouse import lock, run, upload
 from bakehouse.cache import file_digest
-from bakehouse.cloud import Cloud, CloudError
+from bakehouse.cloud import Cloud, CloudError, is_passing
 from bakehouse.errors import BakehouseError
-from bakehouse.glance import CloudImage, Glance, is_passing
+from bakehouse.glance import CloudImage, Glance
 from bakehouse.progress import Progress
 from bakehouse.properties import OURS, Metadata
 from bakehouse.published import INCOMING, PUBLISHED, STATE, UPLOADER, Catalogue, Published
@@ -51,6 +53,9 @@ PATIENCE_SECONDS = 300.0
 """Beside that: Glance may still be writing to its own store."""
 
 POLL_SECONDS = 2.0
+
+MACHINE_ID = Path("/etc/machine-id")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 CHANGED = {HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT, HTTPStatus.GONE}
 """Answers to an upload that say that somebody else was at work on the image."""
@@ -135,18 +140,29 @@ def publish(
 
 
 def uploader(store: LocalStore) -> str:
-    """Return what tells this host's store from all others. Who holds its lock knows that nobody else here uploads."""
-    try:
-        machine = Path("/etc/machine-id").read_text().strip()
-    except OSError:
-        machine = str(uuid.getnode())
-    return hashlib.sha256(f"{machine}:{store.root.resolve()}".encode()).hexdigest()[:16]
+    """Return what tells this host's store from all others. Who holds its lock knows that nobody else here uploads.
+
+    A store's identity is in all copies of it, and on all hosts that share it: they have locks of their own, or locks
+    that may not reach from one to another. So where it is counts as well.
+    """
+    return hashlib.sha256(f"{_host()}:{store.root.resolve()}:{store.identity}".encode()).hexdigest()[:16]
+
+
+def _host() -> str:
+    """Return what tells this host from all others."""
+    machine = MACHINE_ID.read_text().strip() if MACHINE_ID.is_file() else ""
+    if re.fullmatch("[0-9a-f]{32}", machine):
+        # Cloned machines often have one id in common, but seldom a name.
+        return f"{machine}:{socket.gethostname()}"
+    # Containers mostly have none (machine-id(5): empty, or "uninitialized"). Those on one host see each other's locks.
+    return BOOT_ID.read_text().strip()
 
 
 def _note(record: Record, file: ImageFile, store: LocalStore, cloud: Cloud, image: CloudImage) -> None:
-    """Write into the record where the image was published."""
-    there = [entry for entry in record.published if entry.id == image.id]
-    if there:
+    """Write into the record where the image was published. Call it under the lock of its publication."""
+    # As it is now: while we waited for the lock, it may have been published elsewhere.
+    before = store.get(record.tag).published
+    if image.id in {entry.id for entry in before}:
         return
     entry = Publication(
         cloud=cloud.name,
@@ -158,9 +174,7 @@ def _note(record: Record, file: ImageFile, store: LocalStore, cloud: Cloud, imag
         at=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
     )
     others = [
-        one
-        for one in record.published
-        if (one.cloud, one.region, one.project) != (entry.cloud, entry.region, entry.project)
+        one for one in before if (one.cloud, one.region, one.project) != (entry.cloud, entry.region, entry.project)
     ]
     store.amend(record.tag, {"published": [*others, entry]})
 
@@ -192,8 +206,8 @@ class _Job:
         self.own = own
         self.meter = upload.Meter(file.size, progress.line, progress.note)
         self.seconds = 0.0
-        self.began_here = False
-        """Whether this run created or uploaded the image that it works on."""
+        self.begun = ""
+        """Id of the image that this run created or uploaded, where it works on one."""
         self.adopted = ""
         """Id of an image that another publisher created and did not send."""
 
@@ -250,10 +264,17 @@ class _Job:
         return min(ours, key=lambda image: (Published(image).incoming, image.created), default=None)
 
     def _must_be_the_same(self, image: CloudImage) -> None:
-        if image.properties.get(OURS + "sha512", "") != self.file.sha512:
+        there = image.properties.get(OURS + "sha512", "")
+        if there in {file.sha512 for file in self.record.files if file != self.file}:
+            raise BakehouseError(
+                f"{self.record.tag} is in {self.cloud.place} already as {image.disk_format} (image {image.id}); a "
+                "project takes one of its formats",
+                hint=f"publish the {self.file.format} file to another project or cloud, or delete that image first",
+            )
+        if there != self.file.sha512:
             raise BakehouseError(
                 f"{self.record.tag} is in {self.cloud.place} already with other content (image {image.id}): it was "
-                "baked elsewhere from the same inputs, or is the other of two file formats",
+                "baked elsewhere from the same inputs",
                 hint=f"bake anew for a new tag: `invoke bake --platform {self.record.name} --force`",
             )
 
@@ -279,7 +300,7 @@ class _Job:
 
     def _create(self, identity: str) -> CloudImage | None:
         # With the visibility that it shall have in the end, so that a cloud that does not allow it says so before the
-        # upload. It is hidden, and without data nothing can be made of it.
+        # upload. It is hidden, and without data nothing can be made of it. Before there is data it becomes private.
         fields = self.metadata.fields() | {
             "id": identity,
             "visibility": self.visibility,
@@ -287,11 +308,10 @@ class _Job:
             STATE: INCOMING,
             UPLOADER: self.own,
         }
+        self.begun = identity
         image = self.glance.create(fields)
-        if image is None:
-            return None
-        self.began_here = True
-        return image if self.visibility == "private" else self.glance.change(image, {"visibility": "private"})
+        self.begun = identity if image else ""
+        return image
 
     # Its data.
 
@@ -301,7 +321,7 @@ class _Job:
         while image.status != "active":
             if image.status == "queued" and self._may_be_anothers(image):
                 # He may be about to send it: only where nothing comes of it do we.
-                following = self._poll(image, ADOPT_SECONDS)
+                following = self._poll(image, ADOPT_SECONDS, lambda found: found.status == "queued")
                 self.adopted = image.id
             elif image.status == "queued":
                 tries += 1
@@ -318,7 +338,7 @@ class _Job:
                 following = None
             # Gone: somebody took it away, or it was stuck and we did.
             image = following or self._claim()
-        if Published(image).incoming and not self.began_here and image.properties.get(UPLOADER) != self.own:
+        if Published(image).incoming and not self.begun and image.properties.get(UPLOADER) != self.own:
             # Whoever uploaded it is about to show it. If not, he has been killed, and we do.
             image = self._poll(image, SETTLE_SECONDS, lambda found: Published(found).incoming) or image
         return image
@@ -332,9 +352,9 @@ class _Job:
         Raises:
             CloudError: it was refused for good, or the connection broke too often.
         """
-        if image.properties.get(UPLOADER) != self.own:
-            image = self.glance.change(image, {UPLOADER: self.own})
-        self.began_here = True
+        self.begun = image.id
+        if image.properties.get(UPLOADER) != self.own or image.visibility != "private":
+            image = self.glance.change(image, {UPLOADER: self.own, "visibility": "private"})
         self.meter.begin()
         try:
             self.glance.upload(image.id, upload.FileChunks(self.path, self.meter.tell))
@@ -342,15 +362,31 @@ class _Job:
         except CloudError as error:
             if error.status in CHANGED:
                 # Another publisher was quicker by a moment: what comes of it is his.
-                self.began_here = False
+                self.begun = ""
                 found = self.glance.get(image.id)
                 return self._wait_for_another(found) if found and found.status == "saving" else found
             if not is_passing(error):
                 raise
+            if error.status == HTTPStatus.GATEWAY_TIMEOUT and self.meter.sent == self.file.size:
+                written = self._written(image)
+                if written and written.status == "active":
+                    return written
             self._pause(error, tries)
             found = self.glance.get(image.id)
             return self._settled(found) if found and found.status == "saving" else found
         return self.glance.get(image.id)
+
+    def _written(self, image: CloudImage) -> CloudImage | None:
+        """Wait for Glance, which has all of an upload and has not answered in time: its own store may be slow.
+
+        Return the image as it is then, None where it is gone.
+        """
+        found = self.glance.get(image.id)
+        if found and found.status == "saving":
+            self.progress.note("all of it is sent, and no answer has come: waiting for Glance to write it")
+            found = self._patiently(found)
+        self.seconds = time.monotonic() - self.meter.started
+        return found
 
     def _pause(self, error: CloudError, tries: int) -> None:
         if tries >= MOST_TRIES:
@@ -360,12 +396,15 @@ class _Job:
                 status=error.status,
             ) from error
         self.progress.note(f"the upload broke off after {self.meter.sent >> 20} MiB, trying again: {error.message}")
-        time.sleep(min(2.0**tries, 20.0))
+        time.sleep(max(min(2.0**tries, 20.0), error.retry_after))
 
     def _settled(self, image: CloudImage) -> CloudImage | None:
-        """Wait for Glance to see that an upload of this host has ended; delete what a killed Glance left stuck."""
+        """Wait for Glance to see that an upload of this host has ended; delete what a killed Glance left stuck.
+
+        Stuck is what has not changed in all that time: another upload that began meanwhile changes ``updated_at``.
+        """
         found = self._poll(image, SETTLE_SECONDS)
-        if found and found.status == "saving":
+        if found and _same(found, image):
             self.progress.note(f"image {image.id} is stuck in 'saving' (its Glance was killed): it is made anew")
             self.glance.delete(found)
             return None
@@ -380,8 +419,14 @@ class _Job:
 
     def _wait_for_another(self, image: CloudImage) -> CloudImage | None:
         self.progress.note("another publisher is uploading it; waiting for that")
-        found = self._poll(image, PATIENCE_SECONDS + self.file.size / SLOWEST)
-        if found and found.status == image.status:
+        return self._patiently(image)
+
+    def _patiently(self, image: CloudImage) -> CloudImage | None:
+        """Wait for as long as an upload may take since it began; delete what has not changed then."""
+        age = (self.cloud.clock - image.updated).total_seconds()
+        left = PATIENCE_SECONDS + self.file.size / SLOWEST - age
+        found = self._poll(image, max(left, SETTLE_SECONDS))
+        if found and _same(found, image):
             self.progress.note(f"image {image.id} has been '{image.status}' for too long: it is made anew")
             self.glance.delete(found)
             return None
@@ -390,8 +435,8 @@ class _Job:
     def _poll(
         self, image: CloudImage, seconds: float, same: Callable[[CloudImage], bool] | None = None
     ) -> CloudImage | None:
-        """Return the image when its status is no more the same, or as it is after so many seconds."""
-        unchanged = same or (lambda found: found.status == image.status)
+        """Return the image when it is no more the same, or as it is after so many seconds."""
+        unchanged = same or (lambda found: _same(found, image))
         return tenacity.Retrying(
             retry=tenacity.retry_if_result(lambda found: found is not None and unchanged(found)),
             wait=tenacity.wait_exponential(multiplier=0.25, max=POLL_SECONDS),
@@ -405,15 +450,17 @@ class _Job:
         """Compare what Glance has got with the record.
 
         Raises:
-            BakehouseError: it is something else. The image is removed.
+            BakehouseError: it is something else. The image is removed, as far as the cloud lets us.
         """
         if image.size == self.file.size and image.hash_value == self._hash(image.hash_algorithm):
             return
-        self.began_here = True
-        whole = file_digest(self.path, "sha512")["sha512"] == self.file.sha512
-        if whole:
-            message = f"{self.cloud.place} holds something else than what was sent of {self.record.tag}; it was removed"
-            raise BakehouseError(message, hint="try again; if it stays so, tell the cloud's operator")
+        # Whoever sent it: it never becomes the image that it shall be, and all would find it so.
+        self._remove(image)
+        if file_digest(self.path, "sha512")["sha512"] == self.file.sha512:
+            raise BakehouseError(
+                f"{self.cloud.place} holds something else than what was sent of {self.record.tag}",
+                hint="try again; if it stays so, tell the cloud's operator",
+            )
         raise BakehouseError(
             f"{self.path} is not what was baked: its SHA-512 differs from the record's",
             hint=f"the disk may be failing; `invoke images.remove {self.record.tag}` and bake again",
@@ -465,22 +512,41 @@ class _Job:
 
     def _take_back(self) -> None:
         """Remove what this run began and did not bring to its end."""
-        if not self.began_here:
+        if not self.begun:
             return
-        with contextlib.suppress(Exception), self.cloud.hurried(5):
-            for image in self.glance.list(**{OURS + "tag": self.record.tag}, owner=self.cloud.project):
-                published = Published(image)
-                mine = self._is_ours(image) and published.incoming and image.properties.get(UPLOADER) == self.own
-                if not mine:
-                    continue
+        try:
+            with self.cloud.hurried(5):
+                image = self.glance.get(self.begun)
                 # Deleted while Glance still saves, its half file would stay in Glance's store.
-                settled = self._poll(image, 5.0) if image.status == "saving" else image
-                if settled is not None and self.glance.delete(settled):
-                    self.progress.note("what was begun in the cloud has been removed")
+                if image and image.status == "saving":
+                    image = self._poll(image, 5.0)
+                if image and Published(image).incoming and image.properties.get(UPLOADER) == self.own:
+                    self._remove(image)
+        except CloudError as error:
+            self._tell_what_stayed(self.begun, error)
+
+    def _remove(self, image: CloudImage) -> None:
+        """Delete an image that cannot be brought to its end, and say what became of that."""
+        try:
+            if self.glance.delete(image):
+                self.progress.note("what was begun in the cloud has been removed")
+        except CloudError as error:
+            self._tell_what_stayed(image.id, error)
+
+    def _tell_what_stayed(self, identity: str, error: CloudError) -> None:
+        self.progress.note(
+            f"image {identity} may have stayed behind in {self.cloud.place}: {error.message}; `openstack image delete "
+            f"{identity}` removes it, the next `invoke publish {self.record.tag}` goes on with it"
+        )
+
+
+def _same(one: CloudImage, other: CloudImage) -> bool:
+    """Say whether nothing has happened to an image between two looks, by what the cloud says."""
+    return (one.status, one.updated) == (other.status, other.updated)
 
 
 def remove_leftovers(catalogue: Catalogue, store: LocalStore, tag: str, say: Callable[[str], None]) -> list[Published]:
-    """Remove incoming images that a killed run of this host's store left, of other tags than this one.
+    """Remove incoming images of other tags than this one that a killed run left: of this host's store, or a day ago.
 
     An image whose publication is going on is left alone.
 
@@ -493,11 +559,22 @@ def remove_leftovers(catalogue: Catalogue, store: LocalStore, tag: str, say: Cal
     own, glance = uploader(store), Glance(catalogue.cloud)
     removed = []
     for found in catalogue.images:
-        if found.tag == tag or not found.incoming or found.image.properties.get(UPLOADER) != own:
+        if found.tag == tag or not _is_leftover(found.image, own, catalogue.cloud):
             continue
         path = store.root / ".locks" / f"publish-{found.tag}.lock"
         with contextlib.suppress(BakehouseError), lock.held(path, "", wait=False, say=say):
-            if glance.delete(found.image):
+            # Its publication may have come to its end before we had the lock.
+            image = glance.get(found.id)
+            if image and _is_leftover(image, own, catalogue.cloud) and glance.delete(image):
                 say(f"removed the half-uploaded image {found.image.name} ({found.id}), which a killed run had left")
                 removed.append(found)
     return removed
+
+
+def _is_leftover(image: CloudImage, own: str, cloud: Cloud) -> bool:
+    """Say whether nobody is at work on an incoming image: it is this host's store's, or has stood still for a day."""
+    published = Published(image)
+    # Whoever sends it may be taken for us.
+    fresh = image.status == "saving" and (cloud.clock - image.updated).total_seconds() < SETTLE_SECONDS
+    ours = image.properties.get(UPLOADER) == own and not fresh
+    return published.incoming and (ours or published.abandoned(cloud.clock))

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from bakehouse.cloud import Cloud
 from bakehouse.errors import BakehouseError
@@ -23,12 +24,20 @@ PUBLISHED = "published"
 UPLOADER = OURS + "uploader"
 """Which host's store an incoming image comes from."""
 
+STALE = datetime.timedelta(days=1)
+"""How long an upload may take before it counts as one that a killed run left."""
+
 CHANNEL = OURS + "channel_"
+LEFT = OURS + "left_"
 
 
 @dataclass(frozen=True)
 class Move:
-    """One step in a channel's history. It is kept at the image that the channel moved to."""
+    """One step in a channel's history.
+
+    It is kept at the image that the channel moved to, and at the one that it left as long as that is its last
+    departure: so it is known also where one of them has been deleted.
+    """
 
     channel: str
     number: int
@@ -42,20 +51,38 @@ class Move:
     by: str
     before: str
     """Tag of the image that it pointed to before; empty for the first."""
+    depth: int
+    """How many images were piled up then, this one on top: a promotion adds one, a rollback goes back to where its
+    image lay."""
     forced: bool = False
+    over: bool = False
+    """Whether a later move came to the same place in the pile, or below it: rolling back leads here no more."""
 
     @property
-    def property(self) -> str:
-        """The property of the image that holds it."""
+    def key(self) -> str:
+        """The property of the image that it moved to."""
         return f"{CHANNEL}{self.channel}_{self.number}"
 
+    @property
+    def left_key(self) -> str:
+        """The property of the image that it left."""
+        return LEFT + self.channel
+
     def value(self) -> str:
-        """Return what the property says."""
-        data = {"move": self.kind, "at": self.at, "from": self.before, "by": self.by}
-        text = json.dumps(data | ({"forced": True} if self.forced else {}), separators=(",", ":"))
+        """Return what the property of the image says that it moved to."""
+        return self._text({"from": self.before})
+
+    def left_value(self) -> str:
+        """Return what the property of the image says that it left."""
+        return self._text({"number": self.number, "image": self.image, "to": self.tag})
+
+    def _text(self, more: dict[str, object]) -> str:
+        data: dict[str, object] = {"move": self.kind, "depth": self.depth, "at": self.at, **more, "by": self.by}
+        data |= {key: True for key, holds in (("forced", self.forced), ("over", self.over)) if holds}
+        text = json.dumps(data, separators=(",", ":"))
         if len(text) <= LONGEST_VALUE:
             return text
-        return json.dumps({**data, "by": self.by[:40], "forced": self.forced}, separators=(",", ":"))
+        return json.dumps({**data, "by": self.by[:20]}, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -98,6 +125,10 @@ class Published:
         """Whether its upload has not come to its end."""
         return self.says("state") != PUBLISHED
 
+    def abandoned(self, now: datetime.datetime) -> bool:
+        """Say whether an upload has stood still for so long, by the cloud's clock, that nobody is at work on it."""
+        return self.incoming and now - self.image.updated >= STALE
+
     @cached_property
     def moves(self) -> tuple[Move, ...]:
         """The moves of channels to it, oldest first in each channel. What cannot be read is left out."""
@@ -105,26 +136,22 @@ class Published:
         for key, value in self.image.properties.items():
             match = re.fullmatch(rf"{CHANNEL}([a-z][a-z0-9-]*)_(\d+)", key)
             if match:
-                found.append(self._move(match[1], int(match[2]), value))
+                data = _read(value)
+                before = str(data.get("from", ""))
+                found.append(_move(data, match[1], int(match[2]), image=self.id, tag=self.tag, before=before))
         return tuple(sorted(found, key=lambda move: (move.channel, move.number)))
 
-    def _move(self, channel: str, number: int, value: str) -> Move:
-        try:
-            data = json.loads(value)
-        except ValueError:
-            data = None
-        data = data if isinstance(data, dict) else {}
-        return Move(
-            channel=channel,
-            number=number,
-            image=self.id,
-            tag=self.tag,
-            kind="rollback" if data.get("move") == "rollback" else "promote",
-            at=str(data.get("at", "")),
-            by=str(data.get("by", "")),
-            before=str(data.get("from", "")),
-            forced=bool(data.get("forced")),
-        )
+    @cached_property
+    def departures(self) -> tuple[Move, ...]:
+        """The moves by which channels left it last, one for each channel. What cannot be read is left out."""
+        found = []
+        for key, value in self.image.properties.items():
+            match = re.fullmatch(rf"{LEFT}([a-z][a-z0-9-]*)", key)
+            data = _read(value) if match else {}
+            if match and _number(data.get("number")):
+                image, tag = str(data.get("image", "")), str(data.get("to", ""))
+                found.append(_move(data, match[1], data["number"], image=image, tag=tag, before=self.tag))
+        return tuple(found)
 
     @property
     def statement(self) -> Statement:
@@ -200,11 +227,43 @@ class Catalogue:
 
     def channels(self) -> list[tuple[str, str]]:
         """Return the (manifest, channel) pairs that have a history."""
-        return sorted({(image.name, move.channel) for image in self.images for move in image.moves})
+        return sorted(
+            {(image.name, move.channel) for image in self.images for move in (*image.moves, *image.departures)}
+        )
 
     def names(self) -> list[str]:
         """Return the manifests that have images here."""
         return sorted({image.name for image in self.images})
+
+
+def _read(value: str) -> dict[str, Any]:
+    try:
+        data = json.loads(value)
+    except ValueError:
+        data = None
+    return data if isinstance(data, dict) else {}
+
+
+def _number(value: object) -> int:
+    """Return what counts from one; 0 where it is nothing of the kind."""
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def _move(data: dict[str, Any], channel: str, number: int, *, image: str, tag: str, before: str) -> Move:
+    return Move(
+        channel=channel,
+        number=number,
+        image=image,
+        tag=tag,
+        kind="rollback" if data.get("move") == "rollback" else "promote",
+        at=str(data.get("at", "")),
+        by=str(data.get("by", "")),
+        before=before,
+        # Where it cannot be read, nothing below it counts: rather no way back than a wrong one.
+        depth=_number(data.get("depth")) or 1,
+        forced=bool(data.get("forced")),
+        over=bool(data.get("over")),
+    )
 
 
 def _age(published: Published) -> tuple[datetime.datetime, datetime.datetime, str]:

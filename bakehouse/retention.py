@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bakehouse import channel, pin
-from bakehouse.cloud import CloudError
+from bakehouse.cloud import Cloud, CloudError
 from bakehouse.compute import Usage
 from bakehouse.errors import BakehouseError
 from bakehouse.glance import Glance
 from bakehouse.published import Catalogue, Published
-
-STALE = datetime.timedelta(days=1)
-"""How long an upload may take before it counts as one that a killed run left."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +45,15 @@ def plan(
 ) -> list[Verdict]:
     """Say what shall become of each image, the newest first.
 
-    An image stays if it is one of the newest, if a channel points to it or may be rolled back to it, if a lock file
-    pins it, or if a server was made of it.
+    An image stays if it is one of the newest or the newest that passed its verification, if a channel points to it or
+    may be rolled back to it, if a lock file pins it, or if a server was made of it.
 
     Args:
         catalogue: what is in the cloud.
         usage: what servers use.
         pins: ids that lock files pin, and which file does.
-        keep: how many of each manifest stay in any case, the newest.
+        keep: how many of each manifest stay in any case, the newest. Images that failed their verification and those
+            that nothing can be made of do not count.
         rollback_steps: how many steps back each channel shall be able to go.
         names: only images of these manifests; of all where empty.
 
@@ -77,7 +75,7 @@ def plan(
     found = []
     for name in chosen:
         images = catalogue.named(name)
-        newest = [image.id for image in images if not image.incoming][:keep]
+        newest = _newest(images, keep)
         for image in images:
             why = _reason_to_stay(image, newest, pointed, needed, pins, usage, catalogue.cloud.clock)
             age = max(catalogue.cloud.clock - image.image.created, datetime.timedelta(0))
@@ -85,9 +83,20 @@ def plan(
     return found
 
 
+def _newest(images: list[Published], keep: int) -> dict[str, str]:
+    """Return the images that stay for their age, by id, each with the reason."""
+    good = [image.id for image in images if image.usable and image.verified != "failed"][:keep]
+    whole = [image.id for image in images if not image.incoming]
+    last = whole.index(good[-1]) + 1 if len(good) == keep else len(whole)
+    found = dict.fromkeys(whole[:last], f"not {keep} good ones are newer")
+    passed = [image.id for image in images if image.usable and image.verified == "passed"][:1]
+    found |= dict.fromkeys(passed, "the newest that passed its verification")
+    return found | dict.fromkeys(good, f"one of the {len(good)} newest")
+
+
 def _reason_to_stay(
     image: Published,
-    newest: list[str],
+    newest: Mapping[str, str],
     pointed: Mapping[str, list[str]],
     needed: Mapping[str, str],
     pins: Mapping[str, Path],
@@ -101,40 +110,44 @@ def _reason_to_stay(
         f"pinned by {pins.get(image.id)}": image.id in pins,
         f"used by {servers} server{'s' if servers != 1 else ''}": servers > 0,
         "protected": image.image.protected,
-        "its upload may still be going on": image.incoming and now - image.image.updated < STALE,
-        f"one of the {len(newest)} newest": image.id in newest,
+        "its upload may still be going on": image.incoming and not image.abandoned(now),
     }
-    return next((why for why, holds in reasons.items() if holds), "")
+    return next((why for why, holds in reasons.items() if holds), newest.get(image.id, ""))
 
 
 def _reason_to_go(image: Published, keep: int) -> str:
     return "its upload never came to its end" if image.incoming else f"{keep} newer ones are there"
 
 
-def delete(catalogue: Catalogue, verdicts: Iterable[Verdict]) -> list[Gone]:
+def delete(cloud: Cloud, verdicts: Iterable[Verdict], again: Iterable[Verdict]) -> list[Gone]:
     """Delete what a plan says. One that cannot be deleted keeps no other from it.
 
-    Each is looked at once more before: somebody may have promoted it since the plan was made.
+    Args:
+        cloud: where the images are.
+        verdicts: the plan.
+        again: the same plan, made anew just now. Meanwhile somebody may have promoted an image, made a server of it, or
+            brought its upload to its end: only what both plans delete goes, and only if it is as it was.
     """
-    glance = Glance(catalogue.cloud)
+    latest = {verdict.image.id: verdict for verdict in again}
     done = []
     for verdict in verdicts:
         if not verdict.delete:
             continue
         try:
-            done.append(Gone(verdict.image, _delete_one(glance, verdict.image)))
+            done.append(Gone(verdict.image, _delete_one(Glance(cloud), verdict.image, latest.get(verdict.image.id))))
         except CloudError as error:
             done.append(Gone(verdict.image, error.message))
     return done
 
 
-def _delete_one(glance: Glance, image: Published) -> str:
+def _delete_one(glance: Glance, image: Published, latest: Verdict | None) -> str:
+    if latest and not latest.delete:
+        return f"it is needed since the plan was made: {latest.why}"
     now = glance.get(image.id)
-    if now is None:
-        return ""
-    if Published(now).moves != image.moves or now.status != image.image.status:
+    if now is not None and now != image.image:
         return "it has changed since the plan was made: look again"
-    glance.delete(now)
+    if now is not None:
+        glance.delete(now)
     return ""
 
 
@@ -142,14 +155,16 @@ def pinned(folder: Path, more: Iterable[Path] = ()) -> dict[str, Path]:
     """Return the ids that lock files pin, and which file does.
 
     Args:
-        folder: searched with all below it for files named images.lock.yaml.
+        folder: the git repository that it is in is searched for files named images.lock.yaml; without one, the folder
+            and all below it.
         more: other lock files.
 
     Raises:
-        BakehouseError: a lock file cannot be read. What it pins is not known then, and nothing may be deleted.
+        BakehouseError: a lock file or a folder cannot be read. What it pins is not known then, and nothing may be
+            deleted.
     """
     found: dict[str, Path] = {}
-    for path in [*pin.find(folder), *more]:
+    for path in [*pin.find(pin.top(folder)), *more]:
         for entry in pin.read(path).images:
             found.setdefault(entry.id, path)
     return found

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bakehouse import lock
 from bakehouse import record as records
 from bakehouse.cache import write_atomically
 from bakehouse.errors import BakehouseError
@@ -27,6 +29,15 @@ class LocalStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    @property
+    def identity(self) -> str:
+        """What tells this store from all others: drawn by chance, and kept where its locks are."""
+        path = self.root / ".locks" / "identity"
+        with lock.held(path.with_suffix(".lock"), "the store's identity", wait=True, say=lambda _text: None):
+            if not path.exists():
+                write_atomically(path, f"{uuid.uuid4()}\n")
+            return path.read_text().strip()
 
     def folder(self, tag: str) -> Path:
         """Return the folder of an image, there or not."""

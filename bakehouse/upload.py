@@ -15,6 +15,8 @@ from bakehouse.record import ImageFile
 SHOWN_SECONDS = 0.2
 """Between two updates on a terminal."""
 
+CHECK_SECONDS = 60
+
 MIB = 1 << 20
 
 
@@ -24,6 +26,9 @@ class FileChunks:
     Args:
         path: the file.
         tell: called with the bytes sent since the beginning.
+
+    Raises:
+        BakehouseError: while it is iterated, where it cannot be read: an OSError would be taken for the network's.
     """
 
     def __init__(self, path: Path, tell: Callable[[int], None]) -> None:
@@ -37,11 +42,21 @@ class FileChunks:
 
     def __iter__(self) -> Iterator[bytes]:
         sent = 0
-        with self.path.open("rb", buffering=0) as file:
-            while piece := file.read(CHUNK):
-                yield piece
-                sent += len(piece)
-                self._report(sent)
+        for piece in self._pieces():
+            yield piece
+            sent += len(piece)
+            self._report(sent)
+
+    def _pieces(self) -> Iterator[bytes]:
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                while piece := file.read(CHUNK):
+                    yield piece
+        except OSError as error:
+            raise BakehouseError(
+                f"{self.path} cannot be read: {error.strerror}",
+                hint="the disk may be failing: see the kernel's log (dmesg)",
+            ) from error
 
 
 class Meter:
@@ -101,10 +116,15 @@ def check(path: Path, file: ImageFile) -> None:
     try:
         done = subprocess.run(
             ["qemu-img", "info", "--output=json", "-f", file.format, str(path)],
-            capture_output=True, text=True, check=False, timeout=60,
+            capture_output=True, text=True, check=False, timeout=CHECK_SECONDS,
         )  # fmt: skip
     except FileNotFoundError as error:
         raise BakehouseError("qemu-img is not installed", hint="apt-get install qemu-utils") from error
+    except subprocess.TimeoutExpired as error:
+        raise BakehouseError(
+            f"qemu-img says nothing of {path} within {CHECK_SECONDS} s",
+            hint="is its disk, or what is mounted, all right?",
+        ) from error
     again = "bake it again: what is in the store was changed after its bake"
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()[-1:] or [""]

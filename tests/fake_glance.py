@@ -28,7 +28,12 @@ class FakeCloud(Cloud):
         self.asked: list[str] = []
         self.before: list[tuple[str, Callable[[], None]]] = []
         """What happens just before the next request of a method: once each."""
+        self.lost: set[str] = set()
         self.servers: list[dict[str, Any]] | None = None
+        self.elsewhere: dict[str, list[dict[str, Any]]] = {}
+        """Servers of other regions."""
+        self.glances: dict[str, str] = {}
+        """Addresses of other regions' Glance, where it is not this one."""
         self.may_see_all_servers = True
         self.time = NOW
 
@@ -37,7 +42,13 @@ class FakeCloud(Cloud):
         return self.time
 
     def has(self, service: str) -> bool:
-        return service == "image" or self.servers is not None
+        return service == "image"
+
+    def endpoints(self, service: str) -> dict[str, str]:
+        if service == "image":
+            return {self.region: "http://here", **self.glances}
+        own = [self.region] if self.servers is not None else []
+        return {region: f"http://nova/{region}" for region in [*own, *self.elsewhere]}
 
     def on(self, method: str, act: Callable[[], None]) -> None:
         self.before.append((method, act))
@@ -49,7 +60,14 @@ class FakeCloud(Cloud):
         for _ in range(times):
             self.on(method, refuse)
 
+    def lose_answer(self, method: str) -> None:
+        """Let the next request of a method arrive, and its answer be lost: the library below sends it again."""
+        self.lost.add(method)
+
     def request(self, method: str, path: str, **options: Any) -> Answer:
+        if method in self.lost:
+            self.lost.remove(method)
+            self._answer(method, path, options)
         self.asked.append(f"{method} {urlsplit(path).path}")
         for entry in self.before:
             if entry[0] == method:
@@ -57,18 +75,19 @@ class FakeCloud(Cloud):
                 entry[1]()
                 break
         if options.get("service") == "compute":
-            return self._servers(path)
+            return self._servers(path, options.get("region", ""))
         status, body = self._answer(method, path, options)
         if status not in options.get("ok", (200, 201, 204)):
             raise self.refusal(status, json.dumps({"message": str(body)}), options.get("what", method))
         return Answer(status, {}, json.dumps(body))
 
-    def _servers(self, path: str) -> Answer:
-        assert self.servers is not None
+    def _servers(self, path: str, region: str) -> Answer:
+        servers = self.elsewhere.get(region, self.servers)
+        assert servers is not None
         if "all_tenants" in path and not self.may_see_all_servers:
             raise self.refusal(HTTPStatus.FORBIDDEN, '{"forbidden": {"message": "Policy"}}', "listing servers")
         start = int(dict(parse_qsl(urlsplit(path).query)).get("marker", 0))
-        page, rest = self.servers[start : start + 2], self.servers[start + 2 :]
+        page, rest = servers[start : start + 2], servers[start + 2 :]
         links = [{"rel": "next", "href": f"http://nova/v2.1/servers/detail?marker={start + 2}"}] if rest else []
         return Answer(200, {}, json.dumps({"servers": page, "servers_links": links}))
 
@@ -115,19 +134,22 @@ class FakeCloud(Cloud):
         if identity in self.used:
             return 409, "the id is in use"
         self.used.add(identity)
-        now = self.time.strftime("%Y-%m-%dT%H:%M:%SZ")
+        now = self._now()
         self.images[identity] = {
             "status": "queued", "visibility": "shared", "os_hidden": False, "protected": False, "owner": self.project,
             "tags": [], "created_at": now, "updated_at": now, "size": None, **fields,
         }  # fmt: skip
         return 201, self.images[identity]
 
+    def _now(self) -> str:
+        return self.time.strftime("%Y-%m-%dT%H:%M:%SZ")
+
     def _put(self, image: dict[str, Any], data: Any) -> tuple[int, Any]:
         if image["status"] != "queued":
             return 409, "it is not queued"
         content = b"".join(data)
         image |= {
-            "status": "active", "size": len(content), "os_hash_algo": "sha512",
+            "status": "active", "size": len(content), "os_hash_algo": "sha512", "updated_at": self._now(),
             "os_hash_value": hashlib.sha512(content).hexdigest(),
         }  # fmt: skip
         self.data[image["id"]] = content
@@ -144,5 +166,5 @@ class FakeCloud(Cloud):
             else:
                 changed[key] = step["value"]
         image.clear()
-        image |= changed
+        image |= changed | {"updated_at": self._now()}
         return 200, image

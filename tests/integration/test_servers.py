@@ -78,6 +78,16 @@ class Nova:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
         assert done.returncode == 0, done.stderr[-3000:]
 
+    def move(self, region: str) -> None:
+        """Move it to another region, which is made."""
+        admin = self.local.admin()
+        identity: Any = admin.identity
+        identity.create_region(id=region)
+        (service,) = identity.services(name="nova")
+        for endpoint in identity.endpoints(service_id=service.id):
+            identity.update_endpoint(endpoint, region_id=region)
+        admin.close()
+
     def add(self, project: str, image: str) -> None:
         """Add a server."""
         self.python("add", self.folder, project, image)
@@ -133,7 +143,11 @@ def test_images_that_servers_use_stay(nova: Nova, local: LocalCloud, tmp_path: P
     # An administrator sees all of them.
     shop.configure(image_owner=project)
     shop.add_cloud("admin", local.admin_entry())
-    assert servers("--cloud", "admin") == {tags[0]: 2, tags[1]: 1, tags[2]: 0, tags[3]: 0}
+    everything = {tags[0]: 2, tags[1]: 1, tags[2]: 0, tags[3]: 0}
+    assert servers("--cloud", "admin") == everything
+    # And those of another region with the same Glance.
+    nova.move("RegionOfNova")
+    assert servers("--cloud", "admin") == everything
     shop.good("prune", "--keep", "1", "--cloud", "admin", "--yes")
     assert {row["tag"] for row in shop.good("images", "--cloud", "admin", "--json").json} == {tags[0], tags[1], tags[3]}
     shop.empty()

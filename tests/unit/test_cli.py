@@ -259,6 +259,8 @@ def test_an_image_is_not_removed_by_a_manifests_name(invoke: Tasks) -> None:
 
 def test_an_image_is_removed_by_its_tag(invoke: Tasks) -> None:
     invoke.add("20260101-aaaaaaa")
+    assert "would remove slurm 20260101-aaaaaaa" in invoke.run("images.remove", "20260101", "--dry-run").out
+    assert (invoke.store / "20260101-aaaaaaa").is_dir()
     done = invoke.run("images.remove", "20260101")
     assert (done.status, done.out.startswith("removed slurm 20260101-aaaaaaa, ")) == (0, True)
     assert list(invoke.store.iterdir()) == []
@@ -273,6 +275,8 @@ def test_the_cache_is_shown_and_pruned(invoke: Tasks) -> None:
     assert row["size"] >= 100_000
     assert "limit 20 GiB" in invoke.run("cache").out
     assert "removed 0 base roots and 0 packages" in invoke.run("cache.prune", "--limit", "1GiB").out
+    assert (debs / "munge.deb").exists()
+    assert "would remove 0 base roots and 1 packages" in invoke.run("cache.prune", "--everything", "--dry-run").out
     assert (debs / "munge.deb").exists()
     assert "removed 0 base roots and 1 packages" in invoke.run("cache.prune", "--everything").out
     assert not (debs / "munge.deb").exists()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from bakehouse import channel, cli_cloud
+from bakehouse import channel, cli_cloud, local_cloud, signature
 from bakehouse.cloud import CloudError
+from bakehouse.published import STATE, Catalogue
 from bakehouse.store import LocalStore
 from tests.fake_glance import FakeCloud
 from tests.samples import add_image
@@ -65,15 +67,46 @@ def test_an_image_that_is_not_verified_is_said_so(shop: Shop) -> None:
 def test_a_dry_run_shows_every_property(shop: Shop) -> None:
     add_image(shop.images, TAGS[0], size=1 << 20)
     done = shop.run("publish", TAGS[0], "--dry-run")
-    for words in ("hw_disk_bus", "bakehouse_sbom_sha256", "os:debian", "would upload 1 MiB to here"):
+    for words in ("hw_disk_bus", "bakehouse_sbom_sha256", "os:debian", "would upload 1 MiB to here, private"):
         assert words in done.out
+    assert "to here, community" in shop.run("publish", TAGS[0], "--dry-run", "--visibility", "community").out
+    told = json.loads(shop.run("publish", TAGS[0], "--dry-run", "--json").out)
+    assert (told["outcome"], told["id"], told["visibility"], told["dry_run"]) == ("published", None, "private", True)
+    assert told["properties"]["hw_disk_bus"] == "virtio"
     assert shop.cloud.images == {}
+
+
+def test_a_dry_run_looks_as_publishing_does(shop: Shop, tmp_path: Path) -> None:
+    add_image(shop.images, TAGS[0], size=1 << 20)
+    shop.cloud._create({"id": "taken", "name": f"slurm-{TAGS[0]}", "owner": "somebody"})
+    for flags in ((), ("--dry-run",)):
+        done = shop.run("publish", TAGS[0], *flags)
+        assert (done.status, [*shop.cloud.images]) == (1, ["taken"])
+        assert "is taken in here by the image taken of project somebody" in done.err
+    shop.cloud.images.clear()
+    # Where images are chosen from is another project's business.
+    (tmp_path / "bakehouse.yaml").write_text("image_owner: another\n")
+    shop.run("publish", TAGS[0])
+    (image,) = shop.cloud.images.values()
+    assert f"is in here already: {image['id']}" in shop.run("publish", TAGS[0], "--dry-run").out
+    assert "hold the same images" in shop.run("publish.check").out
+    image["hw_disk_bus"] = "scsi"
+    before = dict(image)
+    done = shop.run("publish", TAGS[0], "--dry-run", "--visibility", "community")
+    assert "would change hw_disk_bus: scsi -> virtio" in done.out
+    assert "would change visibility: private -> community" in done.out
+    told = json.loads(shop.run("publish", TAGS[0], "--dry-run", "--json").out)
+    assert (told["outcome"], told["changes"], told["id"]) == ("updated", ["hw_disk_bus"], image["id"])
+    assert image == before
+    image[STATE] = "incoming"
+    assert "would finish the upload of 1 MiB" in shop.run("publish", TAGS[0], "--dry-run").out
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (("--visibility", "secret"), "it is one of private, shared, community, public"),
+        (("--dry-run", "--visibility", "secret"), "it is one of private, shared, community, public"),
         (("--format", "vmdk"), "has no vmdk file, only qcow2"),
     ],
 )
@@ -107,8 +140,7 @@ def test_a_nova_that_is_away_does_not_hide_the_list(shop: Shop) -> None:
     done = shop.run("images", "--cloud", "here")
     assert done.status == 0
     assert "Nova does not answer" in done.out
-    for act in (lambda: None, lambda: None, away):
-        shop.cloud.on("GET", act)
+    shop.cloud.on("GET", away)
     assert shop.run("prune", "--keep", "1", "--yes").status == 1, "but nothing is deleted then"
     assert len(shop.cloud.images) == 3
 
@@ -139,6 +171,16 @@ def test_a_move_says_what_changed_and_how_to_undo_it(shop: Shop) -> None:
     assert "would hide" in shop.run("promote", TAGS[0], "--to", "stable", "--dry-run").out
 
 
+def test_a_site_that_demands_signatures_rolls_back_to_signed_images_only(shop: Shop, tmp_path: Path) -> None:
+    cloud = filled(shop)
+    signature.generate(tmp_path / "site.key")
+    (tmp_path / "bakehouse.yaml").write_text("trusted_keys: [site.key.pub]\nrequire_signature: true\n")
+    done = shop.run("rollback", "--platform", "slurm", "--channel", "stable", "--force")
+    assert done.status == 1
+    assert f"{TAGS[0]} is not signed, and this site demands it" in done.err
+    assert Catalogue.read(cloud).get(TAGS[1]).image.hidden is False
+
+
 def test_a_plan_of_retention_is_shown_first(shop: Shop) -> None:
     cloud = filled(shop)
     cloud_with(TAGS[3], TAGS[4], cloud=cloud)
@@ -154,6 +196,36 @@ def test_a_plan_of_retention_is_shown_first(shop: Shop) -> None:
     assert "deleted 1 images" in shop.run("prune", "--keep", "1", "--yes").out
 
 
+def test_servers_and_channels_are_asked_again_before_anything_is_deleted(shop: Shop) -> None:
+    cloud = filled(shop)
+    cloud.servers = []
+
+    def start_one() -> None:
+        cloud.servers = [{"image": {"id": f"slurm-{TAGS[0]}"}}]
+
+    (shop.folder / "bakehouse.yaml").write_text("rollback_steps: 1\n")
+    cloud_with(TAGS[3], cloud=cloud)
+    shop.run("promote", TAGS[2], "--to", "stable")
+    cloud.asked.clear()
+    shop.run("prune", "--keep", "1")
+    # Each plan asks the same; the first of the second plan finds a server.
+    for _ in cloud.asked:
+        cloud.on("GET", lambda: None)
+    cloud.on("GET", start_one)
+    done = shop.run("prune", "--keep", "1", "--yes")
+    assert (done.status, len(cloud.images)) == (1, 4)
+    assert "needed since the plan was made: used by 1 server" in done.err
+
+
+def test_machines_are_told_whether_servers_are_known(shop: Shop) -> None:
+    cloud = filled(shop)
+    told = json.loads(shop.run("prune", "--json").out)
+    assert told["usage"] == {"known": "", "reason": "here has no compute service (Nova) in its catalogue"}
+    assert [row["tag"] for row in told["images"]] == TAGS[2::-1]
+    cloud.servers = []
+    assert json.loads(shop.run("prune", "--json").out)["usage"] == {"known": "all projects", "reason": ""}
+
+
 def test_pins_are_checked_in_a_table(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cloud = filled(shop)
     identity = "8f4a8d34-7c15-51db-bd63-1b5519d6f857"
@@ -163,6 +235,8 @@ def test_pins_are_checked_in_a_table(shop: Shop, tmp_path: Path, monkeypatch: py
     cloud.images[identity] = moved | {"id": identity}
     monkeypatch.chdir(tmp_path)
     assert "would pin" in shop.run("pin", "--platform", "slurm", "--dry-run").out
+    told = json.loads(shop.run("pin", "--platform", "slurm", "--dry-run", "--json").out)
+    assert (told["changed"], told["before"], told["id"], told["dry_run"]) == (True, None, identity, True)
     assert not (tmp_path / "images.lock.yaml").exists()
     assert f"pinned slurm {TAGS[1]}" in shop.run("pin", "--platform", "slurm").out
     assert "has been pinned before" in shop.run("pin", "--platform", "slurm").out
@@ -199,6 +273,8 @@ def test_signing_is_told_step_by_step(shop: Shop, tmp_path: Path) -> None:
     assert "PRIVATE" not in made.out
     assert "is there already" in shop.run("sign.key", str(tmp_path / "site.key")).err
     (tmp_path / "bakehouse.yaml").write_text("signing_key: site.key\ntrusted_keys: [site.key.pub]\n")
+    assert f"would sign slurm {TAGS[0]}" in shop.run("sign", TAGS[0], "--dry-run").out
+    assert "cannot be read" in shop.run("sign.check", TAGS[0]).err
     assert f"signed slurm {TAGS[0]}" in shop.run("sign", TAGS[0]).out
     assert "image file, record and SBOM" in shop.run("sign.check", TAGS[0]).out
 
@@ -210,3 +286,20 @@ def test_a_bake_that_shall_be_uploaded_asks_for_the_cloud_first(shop: Shop, monk
     done = shop.run("bake", "--platform", "slurm", "--upload", "--cloud", "nowhere")
     assert done.status == 1
     assert "there is no cloud 'nowhere'" in done.err
+
+
+def test_a_bake_is_uploaded_only_where_that_is_asked_for(shop: Shop) -> None:
+    for flags in (("--cloud", "here"), ("--region", "R1")):
+        done = shop.run("bake", "--platform", "slurm", *flags)
+        assert done.status == 1
+        assert f"error: {flags[0]} without --upload" in done.err
+        assert "hint: --upload publishes" in done.err
+
+
+def test_the_local_openstack_is_not_touched_by_a_dry_run(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = SimpleNamespace(name="bakehouse", folder=shop.folder)
+    monkeypatch.setattr(local_cloud, "find", lambda: there)
+    monkeypatch.setattr(local_cloud, "down", lambda **_: pytest.fail("it was"))
+    assert f"would delete 'bakehouse' in {shop.folder}" in shop.run("openstack.down", "--delete", "--dry-run").out
+    monkeypatch.setattr(local_cloud, "find", lambda: None)
+    assert "there is no local OpenStack" in shop.run("openstack.down", "--dry-run").out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,8 +28,13 @@ class Service:
         self.asked: list[str] = []
         self.logins = 0
         self.catalogue = ["image"]
+        self.regions = ["R1"]
         self.issued = datetime.datetime.now(datetime.UTC)
         self.refuses = False
+        self.pause = 0.0
+        self.away: list[int] = []
+        """What Keystone answers before it comes to itself; 0: it hangs up."""
+        self.retry_after = ""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -44,6 +50,9 @@ class Service:
                 length = int(self.headers.get("Content-Length") or 0)
                 self.rfile.read(length)
                 status, body, more = outer.reply(self.command, self.path)
+                if not status:
+                    self.close_connection = True
+                    return
                 data = body.encode()
                 self.send_response(status)
                 for key, value in {**more, "Content-Length": str(len(data))}.items():
@@ -66,6 +75,8 @@ class Service:
     def reply(self, method: str, path: str) -> tuple[int, str, dict[str, str]]:
         if path == "/v3/auth/tokens":
             self.logins += 1
+            if self.away:
+                return self.away.pop(0), "", {"Retry-After": self.retry_after} if self.retry_after else {}
             if self.refuses:
                 return (
                     401,
@@ -78,9 +89,11 @@ class Service:
                 "user": {"id": "u", "name": "u", "domain": {"id": "default", "name": "Default"}},
                 "project": {"id": "p", "name": "p", "domain": {"id": "default", "name": "Default"}}, "roles": [],
                 "catalog": [
-                    {"type": kind, "name": kind, "id": kind, "endpoints": [{
-                        "interface": "public", "region": "R1", "region_id": "R1", "url": f"{self.url}/{kind}", "id": "e"
-                    }]}
+                    {"type": kind, "name": kind, "id": kind, "endpoints": [
+                        {"interface": "public", "region": region, "region_id": region, "id": "e",
+                         "url": f"{self.url}/{kind}{'' if region == 'R1' else f'-{region}'}"}
+                        for region in self.regions
+                    ]}
                     for kind in self.catalogue
                 ],
             }  # fmt: skip
@@ -91,6 +104,7 @@ class Service:
                 return 200, json.dumps({"version": {"id": "v3.14", "status": "stable", "links": links}}), {}
             return 300, json.dumps({"versions": [{"id": "v2.9", "status": "CURRENT", "links": links}]}), {}
         self.asked.append(f"{method} {path}")
+        time.sleep(self.pause)
         status, body = self.answers.pop(0) if self.answers else (200, "{}")
         return status, body, {}
 
@@ -164,16 +178,64 @@ def test_a_cloud_without_images_is_said_so(service: Service) -> None:
         cloud.connect("here")
 
 
+def test_another_regions_service_is_asked_with_the_same_credential(service: Service) -> None:
+    service.catalogue = ["image", "compute"]
+    service.regions = ["R1", "R2"]
+    with cloud.connect("here") as made:
+        assert made.endpoints("compute") == {"R1": f"{service.url}/compute", "R2": f"{service.url}/compute-R2"}
+        assert made.endpoints("orchestration") == {}
+        made.request("GET", "/servers/detail", service="compute", region="R2")
+    assert service.asked[-1] == "GET /compute-R2/servers/detail"
+    assert service.logins == 1
+
+
 def test_a_region_that_is_not_there_is_said_so(service: Service) -> None:
     with pytest.raises(BakehouseError):
         cloud.connect("here", region="Atlantis")
 
 
-def test_nobody_there_is_said_so(service: Service, tmp_path: Path) -> None:
+def test_nobody_there_is_said_so(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cloud, "RETRY_SECONDS", 0.2)
     text = (tmp_path / "clouds.yaml").read_text()
     (tmp_path / "clouds.yaml").write_text(text.replace(service.url, "http://127.0.0.1:1"))
     with pytest.raises(CloudError, match="here cannot be reached: connecting"):
         cloud.connect("here")
+
+
+@pytest.mark.parametrize("status", [0, 429, 500, 502, 503, 504])
+def test_a_keystone_that_is_away_for_a_moment_is_waited_for(service: Service, status: int) -> None:
+    service.away = [status] * 3
+    said = list[str]()
+    with cloud.connect("here", say=said.append) as made:
+        assert made.project == "p"
+    (line,) = said
+    assert line.startswith("here")
+    assert "trying again" in line
+
+
+def test_a_keystone_that_stays_away_is_given_up_in_time(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cloud, "RETRY_SECONDS", 0.2)
+    service.away = [503] * 1000
+    with pytest.raises(CloudError, match="here: connecting") as caught:
+        cloud.connect("here")
+    assert caught.value.status == 503
+
+
+def test_a_service_says_how_long_to_stay_away(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = list[float]()
+    monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
+    for said in ("7", "100000", "Wed, 25 Nov 2026 12:00:00 GMT"):
+        service.away, service.retry_after = [503], said
+        cloud.connect("here").connection.close()
+    assert pauses[:2] == [7, cloud.LONGEST_RETRY_AFTER_SECONDS]
+    assert pauses[2] < 1
+
+
+def test_an_answer_that_takes_too_long_is_told_from_a_broken_connection(service: Service, here: Cloud) -> None:
+    service.pause = 0.5
+    with pytest.raises(CloudError, match="does not answer in time: uploading") as caught:
+        here.request("PUT", "/images/x/file", what="uploading", retry=False, timeout=(5, 0.1))
+    assert caught.value.status == 504
 
 
 @pytest.mark.parametrize("status", [500, 502, 503, 504, 429])
@@ -205,6 +267,8 @@ def test_an_expired_token_is_renewed(service: Service, here: Cloud) -> None:
          "Access & more (HTTP 403)", "roles"),
         (413, '{"message": "Request exceeds image_size_total quota"}', "quota (HTTP 413)", "invoke prune"),
         (413, '{"message": "Not enough disk space on the image storage media."}', "storage media", "make room"),
+        (413, '{"message": "The limit has been exceeded on the number of allowed image properties."}',
+         "properties. (HTTP 413)", "openstack image unset --property"),
         (409, '{"error": {"message": "It is in use"}}', "It is in use (HTTP 409)", "changed it meanwhile"),
         (418, "", "refused (HTTP 418)", ""),
     ],
@@ -243,6 +307,17 @@ def test_ages_are_counted_by_the_clouds_clock(service: Service, hours: int) -> N
     service.issued += datetime.timedelta(hours=hours)
     with cloud.connect("here") as made:
         assert abs(made.clock - service.issued) < datetime.timedelta(seconds=30)
+
+
+def test_what_is_known_of_the_clouds_clock_is_as_good_as_its_answers_are_quick() -> None:
+    now, second = datetime.datetime.now(datetime.UTC), datetime.timedelta(seconds=1)
+    # Sent 60 s ago, and it says now what time it is, or what time it was when we asked: it may be right.
+    for said in (now - second, now - 60 * second):
+        assert cloud._skew(said, now - 60 * second) == 0 * second
+    behind = cloud._skew(now - 20 * second, now)
+    assert -20 * second <= behind <= -19 * second
+    assert cloud._skew(now - 40 * second, now - 60 * second, behind) == behind, "a slow answer teaches nothing new"
+    assert 59 * second < cloud._skew(now + 60 * second, now) <= 60 * second
 
 
 def test_a_change_is_one_patch(service: Service, here: Cloud) -> None:

@@ -45,13 +45,32 @@ def test_an_entry_comes_and_goes(tmp_path: Path, text: str) -> None:
         assert not (yaml.safe_load(after) or {}).get("clouds")
 
 
-def test_a_new_file_is_its_owners_alone_and_an_old_one_keeps_its_mode(tmp_path: Path) -> None:
-    path = tmp_path / "clouds.yaml"
-    clouds_yaml.add(path, "one", ENTRY)
+def test_a_file_with_a_secret_is_its_owners_alone(tmp_path: Path) -> None:
+    path, said = tmp_path / "clouds.yaml", list[str]()
+    clouds_yaml.add(path, "one", ENTRY, said.append)
     assert path.stat().st_mode & 0o777 == 0o600
-    path.chmod(0o640)
-    clouds_yaml.add(path, "two", ENTRY)
-    assert path.stat().st_mode & 0o777 == 0o640
+    assert said == []
+    path.chmod(0o644)
+    clouds_yaml.add(path, "two", ENTRY, said.append)
+    assert path.stat().st_mode & 0o777 == 0o600
+    (line,) = said
+    assert str(path) in line
+    assert "it was 644" in line
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    """Some keep clouds.yaml in a folder of their own and link to it."""
+    target, path = tmp_path / "dotfiles" / "clouds.yaml", tmp_path / "clouds.yaml"
+    target.parent.mkdir()
+    target.write_text("clouds:\n")
+    path.symlink_to(target)
+    clouds_yaml.add(path, "one", ENTRY)
+    assert path.is_symlink()
+    assert clouds_yaml.names(target) == ["one"]
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert clouds_yaml.remove(path, "one")
+    assert path.is_symlink()
+    assert target.read_text() == "clouds:\n"
 
 
 def test_somebody_elses_entry_is_left_alone(tmp_path: Path) -> None:
@@ -73,6 +92,24 @@ def test_a_file_of_another_shape_is_left_alone(tmp_path: Path, text: str) -> Non
     with pytest.raises(BakehouseError):
         clouds_yaml.add(path, "one", ENTRY)
     assert path.read_text() == text
+
+
+def test_the_file_is_the_one_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As openstacksdk finds it: it reads the first one only."""
+    here, own, named = (tmp_path / name for name in ("here", "home/.config/openstack", "named"))
+    for folder in (here, own, named):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.delenv("OS_CLIENT_CONFIG_FILE", raising=False)
+    assert clouds_yaml.user_file() == own / "clouds.yaml", "there is none"
+    (own / "clouds.yml").touch()
+    assert clouds_yaml.user_file() == own / "clouds.yml"
+    (here / "clouds.yaml").touch()
+    assert clouds_yaml.user_file() == here / "clouds.yaml"
+    monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", "../named/clouds.yaml")
+    assert clouds_yaml.user_file().resolve() == named / "clouds.yaml"
 
 
 def test_the_file_is_the_one_that_the_variable_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
+import hashlib
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from bakehouse import inventory
+from bakehouse import channel, inventory
+from bakehouse.cloud import CloudError
+from bakehouse.glance import CloudImage, Glance
 from bakehouse.inventory import Finding
 from bakehouse.published import Catalogue
 from bakehouse.record import FILE_NAME, Publication
@@ -57,6 +63,48 @@ def test_every_difference_is_told(store: LocalStore) -> None:
         "unfinished": (TAGS[3], True),
         "cloud only": (TAGS[4], False),
     }
+
+
+def test_a_channel_that_points_to_a_deleted_image_is_told(store: LocalStore) -> None:
+    cloud = cloud_with(*TAGS[:2])
+    for tag in TAGS[:2]:
+        channel.promote(cloud, "", tag, "stable")
+    del cloud.images[f"slurm-{TAGS[1]}"]
+    found = findings(store, cloud)["lost"]
+    assert (found.tag, found.fault) == (TAGS[1], True)
+    assert "the channel stable points to it" in found.detail
+
+
+def test_an_upload_that_goes_on_is_no_fault(store: LocalStore) -> None:
+    cloud = cloud_with(TAGS[0])
+    cloud.images[f"slurm-{TAGS[0]}"].update(bakehouse_state="incoming", status="saving")
+    assert not findings(store, cloud)["uploading"].fault
+    cloud.time += datetime.timedelta(days=2)
+    assert findings(store, cloud)["unfinished"].fault
+
+
+@pytest.mark.parametrize("breaks", [2, 3])
+def test_a_download_that_breaks_off_is_begun_again(monkeypatch: pytest.MonkeyPatch, breaks: int) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
+    cloud = cloud_with(TAGS[0])
+    data, left = b"abc" * 1000, [breaks]
+    digest = hashlib.sha512(data).hexdigest()
+    cloud.images[f"slurm-{TAGS[0]}"].update(bakehouse_sha512=digest, os_hash_algo="sha512", os_hash_value=digest)
+
+    class Breaking(Glance):
+        def download(self, image: CloudImage) -> Iterator[bytes]:
+            yield data[:100]
+            if left[0]:
+                left[0] -= 1
+                raise CloudError("the connection broke")
+            yield data[100:]
+
+    (image,) = Catalogue.read(cloud).images
+    if breaks < inventory.MOST_TRIES:
+        assert inventory.verify(image, None, Breaking(cloud), lambda _count: None)
+        return
+    with pytest.raises(CloudError, match="the connection broke"):
+        inventory.verify(image, None, Breaking(cloud), lambda _count: None)
 
 
 def test_two_of_one_tag_are_told(store: LocalStore) -> None:

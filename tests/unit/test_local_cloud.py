@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
-from bakehouse import local_cloud, process
+from bakehouse import local_cloud, lock, process, waiting
 from bakehouse.errors import BakehouseError
 from bakehouse.local_cloud import LocalCloud
 
@@ -94,6 +95,18 @@ def test_there_is_nothing_to_end_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(BakehouseError, match="no local OpenStack here") as caught:
         local_cloud.down(tmp_path)
     assert "openstack.up" in caught.value.hint
+
+
+def test_it_is_not_ended_while_somebody_brings_it_up(made: LocalCloud) -> None:
+    said = list[str]()
+    ending = threading.Thread(target=lambda: local_cloud.down(made.folder, delete=True, say=said.append))
+    with lock.held(made.folder.with_suffix(".lock"), "it", wait=True, say=said.append):
+        ending.start()
+        waiting.until("the wait", lambda: bool(said), 10, poll=0.01)
+        assert made.folder.exists()
+    ending.join()
+    assert not made.folder.exists()
+    assert "waiting for the local OpenStack" in said[0]
 
 
 def test_an_installation_that_fails_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

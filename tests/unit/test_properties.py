@@ -97,6 +97,7 @@ def test_a_manifest_wins_over_the_site_and_both_over_the_defaults(record: Record
         ("provided_until", "tomorrow", "is not one of its values"),
         ("image_build_date", "2026-01-01T10:00", "is not one of its values"),
         ("min_ram", "1 GiB", "is not a whole number"),
+        ("hw_architecture", "amd64", "is not one of its values"),
         ("a b", "x", "names of properties hold"),
         ("note", "x" * 256, "has 256 characters"),
         ("note", "a\nb", "control character"),
@@ -112,11 +113,17 @@ def test_a_bad_property_is_named_with_its_place(record: Record, key: str, value:
     [
         ("provided_until", "2027-01-31"), ("uuid_validity", "last-3"), ("hotfix_hours", "48"), ("patchlevel", "12.9"),
         ("trait:CUSTOM_ROCE", "required"), ("hw_cpu_cores", "4"), ("os_secure_boot", "optional"),
-        ("image_source", "https://example.org/images"), ("my.own-note", ""),
+        ("image_source", "https://example.org/images"), ("hw_architecture", "aarch64"), ("my.own-note", ""),
     ],
 )  # fmt: skip
 def test_what_others_define_is_taken(record: Record, key: str, value: str) -> None:
     assert make(record, {key: value}).properties[key] == value
+
+
+def test_a_disk_that_is_too_small_for_the_image_is_refused(record: Record) -> None:
+    with pytest.raises(BakehouseError, match="min_disk: 0 GiB is less than"):
+        make(record, {"min_disk": "0"})
+    assert make(record, {"min_disk": "100"}).min_disk == 100
 
 
 def test_the_quota_of_glance_is_kept(record: Record) -> None:

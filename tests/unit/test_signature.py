@@ -12,7 +12,7 @@ import pytest
 from securesystemslib.dsse import Envelope
 from securesystemslib.signer import SSlibKey
 
-from bakehouse import signature
+from bakehouse import REPOSITORY, signature
 from bakehouse.errors import BakehouseError
 from bakehouse.record import FILE_NAME, Record
 from bakehouse.signature import Signature, Statement
@@ -60,6 +60,12 @@ def test_all_that_is_said_is_covered(store: LocalStore, key: Path, field: str) -
     altered = dataclasses.replace(statement, **{field: "altered"})
     with pytest.raises(BakehouseError, match="does not fit"):
         signature.verify(altered, made, trusted(key))
+
+
+def test_the_docs_name_all_that_is_covered() -> None:
+    text = (REPOSITORY / "docs" / "signatures.md").read_text()
+    named = {field.name for field in dataclasses.fields(Statement)} - {"format"}
+    assert {name for name in named if f"`bakehouse_{name}`" not in text} == set()
 
 
 def test_only_trusted_keys_count_and_several_may(store: LocalStore, key: Path, tmp_path: Path) -> None:
