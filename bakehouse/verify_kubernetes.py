@@ -73,7 +73,7 @@ class KubernetesTrial:
         made = self.plane.wait_for_pod(POD, POD_SECONDS)
         address = made["status"]["podIP"]
         node.wait_for_ssh(CHECK_SECONDS)
-        done = node.ssh(f"ping -c 1 -W 20 {address}", timeout=CHECK_SECONDS)
+        done = node.ssh(f"ping -c 3 -W 20 {address}", timeout=CHECK_SECONDS)
         if done.returncode != 0:
             raise BakehouseError(f"the pod does not answer at {address}", log=done.stdout + done.stderr)
 
