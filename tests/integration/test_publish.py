@@ -189,7 +189,8 @@ def test_what_we_lay_down_for_properties_is_what_glance_knows(local: LocalCloud)
 def test_a_killed_publication_is_finished_by_the_next_run(shop: Shop, point: str) -> None:
     record = add_image(shop.store, TAG)
     assert end(dying(shop, point)).status == -signal.SIGKILL
-    (left,) = shop.images()
+    waiting.until("Glance's notice of it", lambda: shop.only_image().status != "saving", 10)
+    left = shop.only_image()
     if point != "shown":
         assert left.hidden, "nobody sees it"
         assert "unfinished" in shop.run("publish.check").out
