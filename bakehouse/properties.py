@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bakehouse.errors import BakehouseError
+from bakehouse.kubernetes import version_of
 from bakehouse.manifest import RELEASES
 from bakehouse.record import ImageFile, Record
 from bakehouse.signature import Signature
@@ -206,6 +207,8 @@ def _standard(record: Record, *, guest_agent: bool) -> dict[str, str]:
         "os_version": RELEASES.get(record.release, record.release),
         "os_admin_user": ADMIN_USER,
         "os_purpose": PURPOSES.get(record.platform, "custom"),
+        # Magnum's drivers for Cluster API look for it (magnum-capi-helm, driver.py, _get_kube_version).
+        **({"kube_version": f"v{version_of(record)}"} if "kubernetes" in record.versions else {}),
         # Where cloud-init looks first; the metadata service does as well.
         "img_config_drive": "optional",
         "hw_firmware_type": firmware(record),

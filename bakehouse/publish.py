@@ -133,7 +133,7 @@ def publish(
         lock.held(own_lock, what, wait=True, say=say),
         Progress(f"Publishing {record.name} {record.tag} to {cloud.place}", STAGES, console) as progress,
     ):
-        job = _Job(record, file, path, cloud, metadata, progress, visibility, set_visibility, uploader(store))
+        job = Job(record, file, path, cloud, metadata, progress, visibility, set_visibility, uploader(store))
         done = job.run()
         _note(record, file, store, cloud, done.image.image)
         return done
@@ -179,8 +179,20 @@ def _note(record: Record, file: ImageFile, store: LocalStore, cloud: Cloud, imag
     store.amend(record.tag, {"published": [*others, entry]})
 
 
-class _Job:
-    """One publication."""
+class Job:
+    """One publication.
+
+    Args:
+        record: the image.
+        file: the one of its files that is sent.
+        path: where that is.
+        cloud: where it goes.
+        metadata: what it shall say of itself.
+        progress: shows how it gets on.
+        visibility: who shall see it.
+        set_visibility: change that also where the image is there already.
+        own: what tells this host's store from all others (uploader()).
+    """
 
     def __init__(
         self,
@@ -214,7 +226,7 @@ class _Job:
     def run(self) -> Done:
         """Do it."""
         with self.progress.stage("look"):
-            found = self._look()
+            found = self.look()
         if found and not Published(found).incoming:
             for name in STAGES[1:-1]:
                 with self.progress.stage(name):
@@ -242,7 +254,7 @@ class _Job:
 
     # Looking for what is there.
 
-    def _look(self) -> CloudImage | None:
+    def look(self) -> CloudImage | None:
         """Return the image that is there already, whole or not.
 
         Raises:
@@ -475,7 +487,7 @@ class _Job:
         return self.glance.change(
             image,
             {
-                **self._differences(image),
+                **self.differences(image),
                 STATE: PUBLISHED,
                 UPLOADER: None,
                 "os_hidden": False,
@@ -486,7 +498,7 @@ class _Job:
     def _bring_up_to_date(self, image: CloudImage) -> Done:
         """Change what a published image says of itself, where that is not what it shall say."""
         with self.progress.stage("show"):
-            changes = self._differences(image)
+            changes = self.differences(image)
             if self.set_visibility and image.visibility != self.visibility:
                 changes["visibility"] = self.visibility
             if not changes:
@@ -496,7 +508,7 @@ class _Job:
         told = tuple(sorted(changes))
         return Done(Published(changed), "updated", told, 0.0, 0.0)
 
-    def _differences(self, image: CloudImage) -> dict[str, object]:
+    def differences(self, image: CloudImage) -> dict[str, object]:
         """Return what an image should say and does not. What others have added to it stays."""
         wanted, has = self.metadata, image.properties
         changes: dict[str, object] = {key: value for key, value in wanted.properties.items() if has.get(key) != value}

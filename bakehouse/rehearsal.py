@@ -56,14 +56,14 @@ def rehearse(
     upload.check(path, file)
     silent = Progress("", [], errors)
     own = publish.uploader(store)
-    job = publish._Job(record, file, path, cloud, metadata, silent, visibility, set_visibility, own)
-    found = job._look()
+    job = publish.Job(record, file, path, cloud, metadata, silent, visibility, set_visibility, own)
+    found = job.look()
     image = Published(found) if found else None
     if found is None or image is None:
         return Rehearsal("published", None, {})
     if image.incoming:
         return Rehearsal("finished", image, {})
-    changes = job._differences(found)
+    changes = job.differences(found)
     if set_visibility and found.visibility != visibility:
         changes["visibility"] = visibility
     return Rehearsal("updated" if changes else "unchanged", image, changes)

@@ -64,9 +64,9 @@ def arm(point: str) -> None:
     elif point == "sent":
         Glance.upload = and_die(Glance.upload)  # type: ignore[method-assign]
     elif point == "compared":
-        publish._Job._show = die  # type: ignore[method-assign]
+        publish.Job._show = die  # type: ignore[method-assign]
     elif point == "shown":
-        publish._Job._show = and_die(publish._Job._show)  # type: ignore[method-assign]
+        publish.Job._show = and_die(publish.Job._show)  # type: ignore[method-assign]
     else:
         raise SystemExit(f"no such point: {point}")
 

@@ -221,6 +221,7 @@ class Tour:
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_faults_are_named_and_passed_and_cluster_api_is_left_alone(
     image: Record, site: Settings, cluster: KubernetesCluster, boot_machine: BootMachine
 ) -> None:

@@ -67,11 +67,8 @@ ExecStart=/usr/bin/kubelet $KUBELET_KUBECONFIG_ARGS $KUBELET_CONFIG_ARGS $KUBELE
 DNS_SCRIPT = """\
 #!/bin/busybox sh
 # Stands where CoreDNS stands in a cluster, for tests of a node: answers one name, and says that it is well.
-/bin/busybox mkdir -p /tmp/www
-echo OK > /tmp/www/health
-echo OK > /tmp/www/ready
-/bin/busybox httpd -p 8080 -h /tmp/www
-/bin/busybox httpd -p 8181 -h /tmp/www
+/bin/busybox httpd -p 8080 -h /www
+/bin/busybox httpd -p 8181 -h /www
 exec /usr/sbin/dnsmasq --keep-in-foreground --conf-file=/dev/null --user=root --log-facility=- --no-resolv --no-hosts \\
     --pid-file= --address=/kubernetes.default.svc.cluster.local/10.96.0.1
 """
@@ -237,6 +234,8 @@ def _images(compiled: Path, target: Path) -> None:
         shutil.copytree(compiled / "dns-root", dns)
         _write(dns / "coredns", DNS_SCRIPT.encode(), 0o755)
         _write(dns / "etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
+        for answer in ("health", "ready"):
+            _write(dns / "www" / answer, b"OK\n")
         archive(dns, f"{REGISTRY}/coredns:1.7.0", ["/coredns"], target / "coredns.tar")
 
 

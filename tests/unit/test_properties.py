@@ -39,6 +39,16 @@ def test_our_own_values_are_ones_that_we_would_take(record: Record) -> None:
                 properties.check(key, value, "here")
 
 
+def test_a_kubernetes_image_says_what_clusters_look_for(record: Record) -> None:
+    versions = {**record.versions, "kubernetes": "1.35.5-1.1"}
+    made = make(record, changes={"platform": "kubernetes", "versions": versions})
+    said = {name: made.properties[name] for name in ("os_purpose", "kube_version", "bakehouse_kubernetes_version")}
+    assert said == {
+        "os_purpose": "k8snode", "kube_version": "v1.35.5", "bakehouse_kubernetes_version": "1.35.5-1.1",
+    }  # fmt: skip
+    assert "kube_version" not in make(record).properties
+
+
 def test_bare_metal_is_told_apart(record: Record) -> None:
     metal, virtual = make(record, changes={"platform": "roce"}), make(record)
     assert metal.properties["hypervisor_type"] == "baremetal"
