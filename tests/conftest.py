@@ -30,6 +30,14 @@ def no_settings_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
+@pytest.fixture(autouse=True)
+def usual_umask() -> Iterator[None]:
+    """Give each test the umask that people have: the join agent, which tests run in this process too, changes it."""
+    os.umask(0o022)
+    yield
+    os.umask(0o022)
+
+
 @dataclass
 class Site:
     """A store, a cache, and fakes in place of mmdebstrap and diskimage-builder."""
