@@ -396,7 +396,9 @@ def test(*, fast: bool, long: bool, only: str) -> None:
     if fast and long:
         raise BakehouseError("--fast and --long are two tiers: give one of them")
     os.chdir(REPOSITORY)
-    parallel, one_by_one = ["-n", "auto", "-m", "not slow and not long"], ["-m", "slow and not long"]
+    # Twice as many as cores: half of the tests wait for a process most of the time.
+    workers = str(2 * (os.cpu_count() or 1))
+    parallel, one_by_one = ["-n", workers, "-m", "not slow and not long"], ["-m", "slow and not long"]
     runs = [["-m", "long"]] if long else [parallel] if fast else [parallel, one_by_one]
     selected = ["-k", only] if only else []
     # Exit status 5: no test was selected.
