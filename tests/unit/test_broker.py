@@ -266,6 +266,55 @@ def test_a_node_gets_the_key_for_its_token(served: Stand, log: Log) -> None:
     assert key not in log.text
 
 
+BOOTSTRAP = "abcdef.0123456789abcdef"
+
+
+def test_a_kubernetes_node_gets_a_fresh_bootstrap_token(stand: Stand, log: Log) -> None:
+    made = stand.folder / "made"
+    command = ["sh", "-c", f"echo x >> {made}; echo {BOOTSTRAP}"]
+    stand.write(platforms={"kubernetes": {"token_command": command}})
+    with stand.serving():
+        assert stand.ask("bhj_" + "x" * 43, platform="kubernetes").status == 401
+        assert not made.exists(), "nobody without a good token makes us do any work"
+        secret = broker.create_token(stand.state, "kubernetes", "node-1", 60, stand.now)
+        answer = stand.ask(secret, platform="kubernetes")
+        assert answer.body == {"platform": "kubernetes", "node": "node-1", "token": BOOTSTRAP}
+        assert stand.ask(secret, platform="kubernetes").status == 401
+        assert made.read_text().count("x") == 1
+        soon(lambda: log.has("handed out: kubernetes node-1"))
+    assert BOOTSTRAP not in log.text
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["sh", "-c", "echo no such cluster >&2; exit 1"], "made no token: no such cluster"),
+        (["echo", "something else"], "it printed no bootstrap token"),
+        (["/nonexistent/kubeadm"], "cannot be run"),
+    ],
+)
+def test_a_token_is_not_used_up_where_no_bootstrap_token_can_be_made(
+    stand: Stand, log: Log, command: list[str], words: str
+) -> None:
+    stand.write(platforms={"kubernetes": {"token_command": command}})
+    with stand.serving():
+        secret = broker.create_token(stand.state, "kubernetes", "node-1", 60, stand.now)
+        assert stand.ask(secret, platform="kubernetes").status == 503
+        assert stand.status_of(secret) == "good"
+        soon(lambda: log.has(words))
+
+
+@pytest.mark.parametrize("command", [[], "kubeadm token create", [1]])
+def test_a_token_command_is_a_list_of_words(tmp_path: Path, command: object) -> None:
+    path = tmp_path / "broker.yaml"
+    platforms = {"kubernetes": {"token_command": command}}
+    path.write_text(yaml.safe_dump(yaml.safe_load(BASE) | {"platforms": platforms}))
+    with pytest.raises(broker.BrokerError, match=r"platforms\.kubernetes\.token_command: must be a list of words"):
+        broker.load_config(path)
+    path.write_text(yaml.safe_dump(yaml.safe_load(BASE) | {"platforms": {"kubernetes": None}}))
+    assert broker.load_config(path).platforms["kubernetes"].command == tuple(broker.TOKEN_COMMAND)
+
+
 def test_a_name_in_other_letters_is_the_same_node(served: Stand) -> None:
     assert served.ask(served.token("Node-1"), "nODE-1").body["node"] == "nODE-1"
 
