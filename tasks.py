@@ -557,12 +557,14 @@ def _bench_bake(_context: Context, platform: str = "slurm", rounds: int = 1, jso
     cli.bench_bake(platform, rounds=rounds, as_json=json)
 
 
-def _bench_boot(_context: Context, rounds: int = 3, json: bool = False) -> None:
+def _bench_boot(_context: Context, platform: str = "slurm", rounds: int = 3, json: bool = False) -> None:
     """Measure power-on to joined against power-on to the login prompt of a plain Debian cloud image, in one run.
 
-    Example: invoke bench.boot --rounds 3
+    Examples:
+      invoke bench.boot --rounds 3
+      invoke bench.boot --platform kubernetes
     """
-    cli.bench_boot_to_joined(rounds=rounds, as_json=json)
+    cli.bench_boot_to_joined(platform, rounds=rounds, as_json=json)
 
 
 def _bench_publish(_context: Context, rounds: int = 4, size: str = "512MiB", json: bool = False) -> None:
@@ -735,7 +737,13 @@ bench.add_task(
     )
 )
 
-bench.add_task(command(_bench_boot, name="boot", help=JSON | {"rounds": "measure so many times; medians are shown"}))
+bench.add_task(
+    command(
+        _bench_boot,
+        name="boot",
+        help=JSON | {"platform": "the manifest of our image", "rounds": "measure so many times; medians are shown"},
+    )
+)
 bench.add_task(
     command(
         _bench_publish,

@@ -349,7 +349,7 @@ def bench_bake(name: str, *, rounds: int, as_json: bool) -> None:
         _print_result(bench.bake(name, settings, rounds, errors), as_json=as_json)
 
 
-def bench_boot_to_joined(*, rounds: int, as_json: bool) -> None:
+def bench_boot_to_joined(platform: str, *, rounds: int, as_json: bool) -> None:
     """Measure boots and print ratios."""
     _check_rounds(rounds)
     settings = site.load()
@@ -357,7 +357,7 @@ def bench_boot_to_joined(*, rounds: int, as_json: bool) -> None:
     if status is not None:
         raise SystemExit(status)
     with run.ending_on_sigterm():
-        _print_result(bench_boot.boot(settings, rounds, errors), as_json=as_json)
+        _print_result(bench_boot.boot(settings, rounds, errors, platform), as_json=as_json)
 
 
 def bench_publishing(*, rounds: int, size: str, as_json: bool) -> None:

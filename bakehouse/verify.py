@@ -184,8 +184,18 @@ class SlurmTrial:
 
 
 @contextmanager
-def _trial(record: Record, image: Path, settings: Settings, log: Log) -> Iterator[Trial]:
-    """Give the cluster for an image's platform; its controller is not started yet."""
+def trial(record: Record, image: Path, settings: Settings, log: Log) -> Iterator[Trial]:
+    """Give the cluster for an image's platform; its controller is not started yet.
+
+    Args:
+        record: of the image.
+        image: its file.
+        settings: of the site.
+        log: takes what the programs that set it up say.
+
+    Raises:
+        BakehouseError: this host cannot have one.
+    """
     if record.platform == "kubernetes":
         programs = kubernetes.binaries(kubernetes.version_of(record), settings)
         with kubernetes_cluster.up(record, image, programs, settings.mirrors(), settings.cache, log) as made:
@@ -298,18 +308,18 @@ def _joined(
     seen: _Seen,
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="bakehouse-verify-") as folder, ExitStack() as stack:
-        trial = stack.enter_context(_trial(job.record, image, settings, log))
-        stack.callback(lambda: _keep(trial.logs(), evidence))
+        tried = stack.enter_context(trial(job.record, image, settings, log))
+        stack.callback(lambda: _keep(tried.logs(), evidence))
         with job.check("a controller runs from the image's own root", "cluster"):
-            trial.start()
+            tried.start()
         node = stack.enter_context(machine.boot(
             image, probe=settings.cache / "kvm", firmware=firmware, memory=MEMORY[job.record.platform], cpus=CPUS,
-            disk_size=DISK, key=machine.make_key(Path(folder)), user_data=trial.user_data(NODE), hostname=NODE,
-            network=trial.network, keep_console=evidence / "console.log",
+            disk_size=DISK, key=machine.make_key(Path(folder)), user_data=tried.user_data(NODE), hostname=NODE,
+            network=tried.network, keep_console=evidence / "console.log",
         ))  # fmt: skip
         seen.accelerator = node.accelerator
         try:
-            _boot_to_off(job, trial, node, suites, evidence, seen)
+            _boot_to_off(job, tried, node, suites, evidence, seen)
         finally:
             if node.running:
                 node.collect(evidence)

@@ -231,17 +231,17 @@ def reached(seconds: float, cpu: float = 1.0) -> Reached:
 def test_medians_are_compared_with_the_goals() -> None:
     joining = [Boot("tcg", reached(60), reached(at), agent=6.0, work=4.0) for at in (50.0, 40.0, 400.0)]
     standing = [Boot("tcg", reached(at)) for at in (100.0, 90.0, 110.0)]
-    found = bench_boot.rows(joining, standing)
+    found = bench_boot.rows(joining, standing, 1.25)
     assert (found[1].ratio, found[1].met) == (0.5, True)
     assert found[2].ratio == pytest.approx(0.6)
     assert (found[-2].ratio, found[-2].met) == (0.12, None)
     assert (found[-1].ratio, found[-1].met) == (0.08, True)
     slow = [replace(made, joined=reached(126), work=20.0) for made in joining]
-    assert [row.met for row in bench_boot.rows(slow, standing)] == [None, False, None, None, None, None, False]
+    assert [row.met for row in bench_boot.rows(slow, standing, 1.25)] == [None, False, None, None, None, None, False]
 
 
 @pytest.mark.parametrize(("seconds", "met"), [(1.9, True), (2.1, False)])
 def test_with_kvm_the_agent_has_two_seconds(seconds: float, met: bool) -> None:
     joining = [Boot("kvm", reached(8), reached(7), agent=seconds)]
-    row = bench_boot.rows(joining, [Boot("kvm", reached(8))])[-2]
+    row = bench_boot.rows(joining, [Boot("kvm", reached(8))], 1.25)[-2]
     assert (row.goal, row.met) == ("under 2 s", met)
