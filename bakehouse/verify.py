@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 
@@ -61,6 +62,11 @@ MEMORY = {"slurm": 1024, "kubernetes": 2048}
 
 JOIN_SECONDS = 900
 """Emulated on a busy host; with KVM it is ten."""
+
+ASK_SECONDS = 240
+"""A node that has not said on its console that it joined is asked so often."""
+
+AGENTS_END = r"bakehouse-agent: \d+\.\d+ (joined|failed)"
 
 COMMAND_SECONDS = 300
 SUITE_SECONDS = 3600
@@ -358,14 +364,38 @@ def _boot_to_off(job: _Run, trial: Trial, node: Machine, suites: list[Path], evi
 def wait_for_join(node: Machine, start: int = 0, seconds: float = JOIN_SECONDS) -> int:
     """Wait until the agent of a machine says that it has joined. Return the number of the console's line.
 
+    The kernel writes to the console when it likes, and so into the middle of the agent's line. Now and then a node that
+    has said nothing is asked, therefore.
+
     Raises:
         BakehouseError: it says that it cannot, or it says nothing within the time.
     """
-    line = node.wait_for_console("join", r"bakehouse-agent: \d+\.\d+ (joined|failed)", seconds, start)
-    said = node.console.lines[line].text
-    if " failed" in said:
-        raise BakehouseError(f"the node cannot join: {said.partition('bakehouse-agent: ')[2]}")
+    asked = time.monotonic()
+
+    def is_over() -> bool:
+        nonlocal asked
+        if node.console.find(AGENTS_END, start):
+            return True
+        if time.monotonic() - asked < ASK_SECONDS:
+            return False
+        asked = time.monotonic()
+        return agents_status(node).get("state") == "joined"
+
+    node.wait("join", is_over, seconds)
+    line, said = node.console.find(AGENTS_END, start) or (len(node.console.lines) - 1, None)
+    if said and " failed" in said.text:
+        raise BakehouseError(f"the node cannot join: {said.text.partition('bakehouse-agent: ')[2]}")
     return line
+
+
+def agents_status(node: Machine) -> dict[str, Any]:
+    """Return what the agent of a machine says when it is asked; nothing where that does not work."""
+    try:
+        done = node.ssh("bakehouse-agent status --json")
+        found: dict[str, Any] = json.loads(done.stdout)
+    except (subprocess.TimeoutExpired, ValueError):
+        return {}
+    return found
 
 
 def read_timeline(node: Machine, power_on: float) -> Timeline:

@@ -386,6 +386,14 @@ def test_a_verification_that_is_stopped_says_nothing_of_the_image(world: World, 
     assert world.store.get(TAG).verification is None
 
 
+def test_a_node_whose_word_got_lost_on_the_console_is_asked(world: World) -> None:
+    world.monkeypatch.setattr(verify, "ASK_SECONDS", 0)
+    world.monkeypatch.setattr(verify, "agents_status", lambda _: {"state": "joined"})
+    world.first_boot = FIRST_BOOT.replace(" joined", " join[   52.1] systemd[1]: Started foo\ned")
+    assert "joined" not in world.first_boot
+    assert world.verify().result == "passed"
+
+
 def test_an_image_of_another_platform_is_not_marked(world: World) -> None:
     world.store.amend(TAG, {"platform": "roce"})
     with pytest.raises(BakehouseError, match="images of the platform roce cannot be verified"):
