@@ -24,7 +24,8 @@ from bakehouse.record import Record
 from bakehouse.run import Log
 from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
-from bakehouse.verify import JOIN_SECONDS
+from bakehouse.verify import JOIN_SECONDS, wait_for_join
+from bakehouse.verify_kubernetes import KubernetesTrial
 from tests.integration.conftest import bake, host_cache
 from tests.support import kubernetes as support
 
@@ -86,6 +87,7 @@ def test_the_image_holds_one_version_and_its_images(image: Record) -> None:
     assert names == {"pause.tar", "kube-proxy.tar", "coredns.tar"}
 
 
+@pytest.mark.long
 def test_verify_passes_and_says_what_it_saw(image: Record, site: Settings) -> None:
     store = LocalStore(site.store)
     result = verify.verify(image, store, site, Console(width=160)).verification
@@ -136,6 +138,29 @@ def cluster(image: Record, site: Settings, tmp_path: Path) -> Iterator[Kubernete
     ):
         made.controller.start()
         yield made
+
+
+def test_a_node_joins_and_runs_pods(
+    image: Record, site: Settings, cluster: KubernetesCluster, boot_machine: BootMachine
+) -> None:
+    """What verify tries, without the reboot and the suites: those take as long again."""
+    trial = KubernetesTrial(cluster)
+    cluster.controller.add_ons()
+    node = boot_machine(
+        LocalStore(site.store).image(image), hostname="node-1", network=cluster.network, cpus=2, disk_size=4 << 30,
+        memory=verify.MEMORY["kubernetes"], user_data=trial.user_data("node-1"),
+    )  # fmt: skip
+    wait_for_join(node)
+    assert cluster.controller.is_ready("node-1")
+    for _, _, do in trial.work(node):
+        do()
+    said = verify.agents_status(node)
+    assert (said["state"], said["platform"], said["warnings"]) == ("joined", "kubernetes", [])
+    shown = cluster.controller.node("node-1")
+    assert shown["metadata"]["labels"]["bakehouse.example.org/path"] == "bake"
+    token = r"\b[a-z0-9]{6}\.[a-z0-9]{16}\b"
+    places = "/etc/bakehouse /run/bakehouse /etc/kubernetes /var/lib/cloud /run/cloud-init"
+    assert node.ssh(f"sudo grep -rIlP '{token}' {places}").stdout == "", "no bootstrap token is left"
 
 
 CLUSTER_API = """\
