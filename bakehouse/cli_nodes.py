@@ -303,6 +303,11 @@ def _is_demo(platform: str, settings: Settings) -> bool:
     return not _has_broker(settings) and demo.find(platform) is not None
 
 
+def _demos(settings: Settings) -> list[str]:
+    """Return the platforms whose demo cluster's broker is meant, since this host has none of its own."""
+    return [platform for platform in PLATFORMS if _is_demo(platform, settings)]
+
+
 def _has_broker(settings: Settings) -> bool:
     try:
         return settings.broker.exists()
@@ -324,7 +329,7 @@ def _state(settings: Settings) -> Path:
 def join_tokens(*, as_json: bool) -> None:
     """List the tokens of this host's broker, or of the demo cluster's where one runs."""
     settings, _, _ = open_site()
-    running = [platform for platform in PLATFORMS if _is_demo(platform, settings)]
+    running = _demos(settings)
     if running and not as_json:
         for platform in running:
             with _demo(platform, settings) as cluster:
@@ -347,7 +352,7 @@ def join_tokens(*, as_json: bool) -> None:
 def join_revoke(which: str) -> None:
     """Make tokens void, of this host's broker or of the demo cluster's where one runs."""
     settings, _, _ = open_site()
-    running = [platform for platform in PLATFORMS if _is_demo(platform, settings)]
+    running = _demos(settings)
     if running:
         with _demo(running[0], settings) as cluster:
             print(cluster.broker.command("revoke", which), end="")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from cryptography import x509
@@ -91,11 +92,25 @@ def attach(pid: int, log: Log) -> Cluster:
         BakehouseError: it is gone.
     """
     place = Network(pid, log)
-    try:
-        authentication = json.loads(place.path(NOTE).read_text())["authentication"]
-    except OSError as error:
-        raise BakehouseError("the cluster is gone", hint="`invoke cluster.up slurm` makes a new one") from error
+    authentication = noted(place, "slurm")["authentication"]
     return Cluster(place, Controller(place, authentication), Broker(place))
+
+
+def noted(place: Network, platform: str) -> dict[str, Any]:
+    """Return what a cluster of another process noted of itself.
+
+    Args:
+        place: its network.
+        platform: what its nodes are.
+
+    Raises:
+        BakehouseError: it is gone.
+    """
+    try:
+        found: dict[str, Any] = json.loads(place.path(NOTE).read_text())
+    except OSError as error:
+        raise BakehouseError("the cluster is gone", hint=f"`invoke cluster.up {platform}` makes a new one") from error
+    return found
 
 
 class Broker:

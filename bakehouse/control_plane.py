@@ -49,6 +49,12 @@ def api_version(version: str) -> str:
     return "kubeadm.k8s.io/" + ("v1beta2" if minor < 22 else "v1beta3" if minor < 31 else "v1beta4")  # noqa: PLR2004
 
 
+def _is_ready(node: Mapping[str, Any]) -> bool:
+    """Say whether a node, as the API has it, is ready."""
+    conditions = (node.get("status") or {}).get("conditions") or []
+    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+
+
 class ControlPlane(Chroot):
     """etcd, API server, controller manager and scheduler.
 
@@ -218,16 +224,12 @@ class ControlPlane(Chroot):
 
     def is_ready(self, name: str) -> bool:
         """Say whether a node is ready."""
-        conditions = (self.node(name).get("status") or {}).get("conditions") or []
-        return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+        return _is_ready(self.node(name))
 
     def states(self) -> dict[str, str]:
         """Return the states of all nodes, by name."""
-        found = {}
-        for node in self.get("nodes").get("items") or []:
-            name = node["metadata"]["name"]
-            found[name] = "ready" if self.is_ready(name) else "not ready"
-        return found
+        nodes = self.get("nodes").get("items") or []
+        return {node["metadata"]["name"]: "ready" if _is_ready(node) else "not ready" for node in nodes}
 
     def token(self, lifetime: str = "1h") -> str:
         """Make a bootstrap token.

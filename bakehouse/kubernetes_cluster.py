@@ -11,9 +11,8 @@ from pathlib import Path
 import yaml
 
 from bakehouse import kubernetes, network, userdata
-from bakehouse.cluster import NOTE, Broker
+from bakehouse.cluster import NOTE, Broker, noted
 from bakehouse.control_plane import ADMIN, ControlPlane
-from bakehouse.errors import BakehouseError
 from bakehouse.network import Network
 from bakehouse.record import Record
 from bakehouse.run import Log
@@ -112,8 +111,4 @@ def attach(pid: int, log: Log) -> KubernetesCluster:
         BakehouseError: it is gone.
     """
     place = Network(pid, log)
-    try:
-        version = json.loads(place.path(NOTE).read_text())["version"]
-    except OSError as error:
-        raise BakehouseError("the cluster is gone", hint="`invoke cluster.up kubernetes` makes a new one") from error
-    return KubernetesCluster(place, ControlPlane(place, version), Broker(place))
+    return KubernetesCluster(place, ControlPlane(place, noted(place, PLATFORM)["version"]), Broker(place))

@@ -1627,9 +1627,6 @@ class Join:
         except NoAnswer:
             self.data["controller"] = ""  # begin there again
             raise
-        finally:
-            if read(CONFIG) == self.config.text:
-                self.loaded = signature(CONFIG)
 
     def prepare(self, config: Config) -> Slurm | Kubernetes:
         """Find the name and the key."""
@@ -1639,9 +1636,13 @@ class Join:
         if config.token:
             self.reach(config)
         self.status.moment("secret", place_secret(config, self.data["node"]))
+        self.know(config)
+        return platform_of(config, self.data["node"])
+
+    def know(self, config: Config) -> None:
+        """Take join.yaml for read, where we ourselves have just taken the secret out of it."""
         if read(CONFIG) == config.text:
             self.loaded = signature(CONFIG)
-        return platform_of(config, self.data["node"])
 
     def reach(self, config: Config) -> None:
         """Find a controller that answers."""
@@ -1664,6 +1665,7 @@ class Join:
         if not kubernetes.is_member():
             self.status.moment("secret", kubernetes.take_token())
             kubernetes.join(self.data["address"])
+            self.know(kubernetes.config)
         kubernetes.start()
         self.status.moment("services", "containerd kubelet")
         shown = kubernetes.show()
