@@ -567,6 +567,14 @@ def _bench_boot(_context: Context, platform: str = "slurm", rounds: int = 3, jso
     cli.bench_boot_to_joined(platform, rounds=rounds, as_json=json)
 
 
+def _bench_preload(_context: Context, platform: str = "kubernetes", rounds: int = 1, json: bool = False) -> None:
+    """Measure power-on to a Kubernetes node's first pod: images loaded at bake time, or pulled, in one run.
+
+    Example: invoke bench.preload --rounds 3
+    """
+    cli.bench_preloading(platform, rounds=rounds, as_json=json)
+
+
 def _bench_publish(_context: Context, rounds: int = 4, size: str = "512MiB", json: bool = False) -> None:
     """Measure publishing side by side with curl, to the same local Glance, and listing 1,000 images. Prints ratios.
 
@@ -746,6 +754,13 @@ bench.add_task(
 )
 bench.add_task(
     command(
+        _bench_preload,
+        name="preload",
+        help=JSON | {"platform": "the manifest of our image", "rounds": "measure so many times; medians are shown"},
+    )
+)
+bench.add_task(
+    command(
         _bench_publish,
         name="publish",
         help=JSON | {"rounds": "measure so many times; an even number is fair", "size": "of the image, such as 1GiB"},
@@ -756,7 +771,11 @@ join.add_task(
     command(
         _join_token,
         name="token",
-        help={"platform": "the platform: slurm", "node": "the node's name", "lifetime": "such as 30m, 2h, 1d"},
+        help={
+            "platform": "the platform: slurm or kubernetes",
+            "node": "the node's name",
+            "lifetime": "such as 30m, 2h, 1d",
+        },
     )
 )
 join.add_task(command(_join_tokens, name="tokens", help=JSON))
@@ -764,7 +783,7 @@ join.add_task(
     command(_join_revoke, name="revoke", positional=["which"], help={"which": "a node's name, or a token's id"})
 )
 cluster = Collection("cluster")
-CLUSTER = {"platform": "the platform: slurm"}
+CLUSTER = {"platform": "the platform: slurm or kubernetes"}
 cluster.add_task(
     command(
         _cluster_up,

@@ -91,7 +91,7 @@ def boot(settings: Settings, rounds: int, console: Console, name: str = "slurm")
         BakehouseError: an image is not in the store, the two have different kernels, or a boot failed.
     """
     store = LocalStore(settings.store)
-    ours, plain = _newest(store, name), _newest(store, PLAIN)
+    ours, plain = newest(store, name), newest(store, PLAIN)
     verify.needed(ours)
     if ours.kernel != plain.kernel:
         raise BakehouseError(
@@ -105,7 +105,7 @@ def boot(settings: Settings, rounds: int, console: Console, name: str = "slurm")
         made.start()
         bench = _BootBench(made, store, BaseCache(settings.cache).kvm, machine.make_key(folder), console)
         for image in (ours, plain):
-            _read(store.image(image))
+            read_once(store.image(image))
         boots = [bench.round(f"{number}/{rounds}", f"{number}", ours, plain) for number in range(1, rounds + 1)]
     joining, standing = [first for first, _ in boots], [second for _, second in boots]
     found = rows(joining, standing, GOAL_JOINED[ours.platform])
@@ -149,14 +149,19 @@ def native_row(seconds: float) -> Row:
     return Row(name, f"{seconds:.2f} s", None, f"under {GOAL_AGENT_SECONDS:g} s", seconds < GOAL_AGENT_SECONDS)
 
 
-def _newest(store: LocalStore, name: str) -> Record:
+def newest(store: LocalStore, name: str) -> Record:
+    """Return the newest image of a manifest.
+
+    Raises:
+        BakehouseError: the store has none.
+    """
     found = next((record for record in store.records() if record.name == name), None)
     if found is None:
         raise BakehouseError(f"there is no image of {name} in {store.root}", hint=f"invoke bake --platform {name}")
     return found
 
 
-def _read(image: Path) -> None:
+def read_once(image: Path) -> None:
     """Bring an image into the host's memory: the first boot is not to pay for the disk."""
     with image.open("rb") as file:
         while file.read(MIB):

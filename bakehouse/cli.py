@@ -17,11 +17,13 @@ from bakehouse import (
     REPOSITORY,
     bench,
     bench_boot,
+    bench_preload,
     bench_publish,
     build,
     cli_cloud,
     cli_nodes,
     host,
+    kubernetes,
     manifest,
     run,
     sudo,
@@ -236,12 +238,15 @@ def manifests(*, as_json: bool) -> None:
             continue
         found, image = newest.get(name), resolved.manifest
         system = f"{image.distribution} {image.release}"
+        version = image.kubernetes.version if image.kubernetes else None
         rows.append({
             "name": name, "file": str(path), "platform": image.platform, "extends": list(resolved.chain[:-1]),
-            "release": image.release, "description": image.description, "newest": found.tag if found else None,
+            "release": image.release, "kubernetes": version, "description": image.description,
+            "newest": found.tag if found else None,
         })  # fmt: skip
         last = f"{found.tag}, {age_text(found.created)} old" if found else "-"
-        table.add_row(name, image.platform or "[dim](base)[/]", system, last, escape(image.description))
+        platform = f"{image.platform} {version or ''}".strip() if image.platform else "[dim](base)[/]"
+        table.add_row(name, platform, system, last, escape(image.description))
     if as_json:
         print_json(rows)
     else:
@@ -270,7 +275,9 @@ def images(*, as_json: bool) -> None:
         files = ", ".join(f"{file.format} {size_text(file.size)}" for file in image.files)
         verified = cli_nodes.verdict(image)
         system = f"{image.distribution} {image.release}"
-        table.add_row(image.tag, image.name, image.platform, system, age_text(image.created), files, verified)
+        of_kubernetes = image.platform == "kubernetes" and "kubernetes" in image.versions
+        platform = f"{image.platform} {kubernetes.version_of(image)}" if of_kubernetes else image.platform
+        table.add_row(image.tag, image.name, platform, system, age_text(image.created), files, verified)
     console.print(table)
     total = sum(file.size for image in found for file in image.files)
     console.print(f"[dim]{len(found)} images, {size_text(total)}, in {store.root}[/]", highlight=False, soft_wrap=True)
@@ -358,6 +365,17 @@ def bench_boot_to_joined(platform: str, *, rounds: int, as_json: bool) -> None:
         raise SystemExit(status)
     with run.ending_on_sigterm():
         _print_result(bench_boot.boot(settings, rounds, errors, platform), as_json=as_json)
+
+
+def bench_preloading(platform: str, *, rounds: int, as_json: bool) -> None:
+    """Measure a node's first pod with images loaded and pulled, and print ratios."""
+    _check_rounds(rounds)
+    settings = site.load()
+    status = sudo.again_as_root(settings)
+    if status is not None:
+        raise SystemExit(status)
+    with run.ending_on_sigterm():
+        _print_result(bench_preload.preload(settings, rounds, errors, platform), as_json=as_json)
 
 
 def bench_publishing(*, rounds: int, size: str, as_json: bool) -> None:

@@ -353,9 +353,16 @@ def join_revoke(which: str) -> None:
     """Make tokens void, of this host's broker or of the demo cluster's where one runs."""
     settings, _, _ = open_site()
     running = _demos(settings)
+    refused: list[BakehouseError] = []
+    for platform in running:
+        with _demo(platform, settings) as cluster:
+            try:
+                print(cluster.broker.command("revoke", which), end="")
+            except BakehouseError as error:
+                refused.append(error)
     if running:
-        with _demo(running[0], settings) as cluster:
-            print(cluster.broker.command("revoke", which), end="")
+        if len(refused) == len(running):
+            raise refused[0]
         return
     for token in tokens.revoke(_state(settings), which):
         console.print(f"revoked {token.identity} of {token.node}", highlight=False)

@@ -17,8 +17,9 @@ NAME = "control-plane"
 PORT = 6443
 POD_NETWORK = "10.88.0.0/16"
 SERVICE_NETWORK = "10.96.0.0/12"
+API_SERVICE = "10.96.0.1"
 DNS_SERVICE = "10.96.0.10"
-"""As kubeadm has it: the tenth address of the service network."""
+"""As Kubernetes and kubeadm have them: the first and the tenth address of the service network."""
 
 START_SECONDS = 120
 PKI = "/etc/kubernetes/pki"

@@ -59,14 +59,15 @@ class KubernetesCluster:
         return with_pod_network(userdata.render(self.join(node)))
 
 
-def with_pod_network(joining: str) -> str:
+def with_pod_network(joining: str, *more: Mapping[str, str]) -> str:
     """Return user-data with what a network add-on would bring to the node.
 
     Args:
         joining: the cloud-config that makes a node join. It comes last: it says how lists are merged.
+        more: further files of cloud-config's write_files.
     """
     file = {"path": "/etc/cni/net.d/10-bakehouse.conflist", "content": json.dumps(POD_NETWORK_PLUGIN)}
-    parts = ["#cloud-config\n" + yaml.safe_dump({"write_files": [file]}), joining]
+    parts = ["#cloud-config\n" + yaml.safe_dump({"write_files": [file, *(dict(each) for each in more)]}), joining]
     archive = [{"type": "text/cloud-config", "content": part} for part in parts]
     return "#cloud-config-archive\n" + yaml.safe_dump(archive)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bakehouse import waiting
-from bakehouse.control_plane import DNS_SERVICE
+from bakehouse.control_plane import API_SERVICE, DNS_SERVICE
 from bakehouse.errors import BakehouseError
 from bakehouse.kubernetes_cluster import KubernetesCluster
 from bakehouse.machine import Machine
@@ -89,13 +89,13 @@ class KubernetesTrial:
 
     def _services(self, node: Machine) -> None:
         def leads_there() -> bool:
-            return self._from_pod(node, "10.96.0.1", "443", "") == "connected"
+            return self._from_pod(node, API_SERVICE, "443", "") == "connected"
 
         waiting.until("way through the service kubernetes", leads_there, POD_SECONDS, poll=2.0, last_words=self._pods)
 
     def _names(self, node: Machine) -> None:
         def answers() -> bool:
-            return self._from_pod(node, DNS_SERVICE, "53", NAME) == "10.96.0.1"
+            return self._from_pod(node, DNS_SERVICE, "53", NAME) == API_SERVICE
 
         waiting.until(f"answer for {NAME}", answers, POD_SECONDS, poll=2.0, last_words=self._pods)
 

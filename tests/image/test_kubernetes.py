@@ -36,6 +36,12 @@ def test_kubelet_and_containerd_run(host: Host) -> None:
         assert host.service(name).is_enabled, name
 
 
+def test_containerd_does_not_wait_for_the_network(host: Host) -> None:
+    after = host.check_output("systemctl show containerd --property=After --value").split()
+    assert "local-fs.target" in after
+    assert not {"network.target", "basic.target", "sysinit.target"} & set(after)
+
+
 def test_the_kubelet_uses_cgroups_as_systemd_and_containerd_do(host: Host, kubelet: dict[str, Any]) -> None:
     assert kubelet["cgroupDriver"] == "systemd"
     assert "SystemdCgroup = true" in host.file("/etc/containerd/config.toml").content_string

@@ -170,6 +170,13 @@ def test_the_token_is_nowhere_afterwards(node: Node, api: Api) -> None:
     assert cloud.read_text() != before
 
 
+def test_the_version_that_was_baked_in_is_not_asked_for(node: Node, api: Api) -> None:
+    node.path("usr/share/bakehouse/kubernetes-version").write_text("v1.24.3\n")
+    node.start()
+    node.until_joined()
+    assert joined_with(node)["apiVersion"] == "kubeadm.k8s.io/v1beta3"
+
+
 @pytest.mark.parametrize(
     ("version", "api_version", "socket_name"),
     [("v1.20.2", "v1beta2", "/run/containerd"), ("v1.24.0", "v1beta3", "unix://"), ("v1.31.0", "v1beta4", "unix://")],

@@ -168,6 +168,9 @@ def test_manifests_are_listed(invoke: Tasks) -> None:
     assert rows["slurm"]["newest"] == "20260101-aaaaaaa"
     assert (rows["debian-13"]["platform"], rows["slurm-debian-12"]["release"]) == (None, "bookworm")
     shown = invoke.run("manifests").out
+    version = rows["kubernetes"]["kubernetes"]
+    assert rows["slurm"]["kubernetes"] is None
+    assert f"kubernetes {version}" in shown
     assert "20260101-aaaaaaa" in shown
     assert "(base)" in shown
 
@@ -224,9 +227,11 @@ def test_images_are_listed(invoke: Tasks) -> None:
     (row, _) = sorted(json.loads(invoke.run("images", "--json").out), key=lambda row: str(row["tag"]))
     assert (row["tag"], row["name"], row["versions"]["slurm"]) == ("20260101-aaaaaaa", "slurm", "24.11")
     assert "inputs" not in row
+    invoke.add("20260103-ccccccc", "kubernetes", platform="kubernetes", versions={"kubernetes": "1.35.5-1.1"})
     shown = invoke.run("images").out
     assert "20260102-bbbbbbb" in shown
-    assert "2 images" in shown
+    assert "kubernetes 1.35.5" in shown
+    assert "3 images" in shown
 
 
 def test_a_damaged_image_is_warned_of(invoke: Tasks) -> None:
