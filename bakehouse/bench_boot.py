@@ -108,7 +108,7 @@ def boot(settings: Settings, rounds: int, console: Console, name: str = "slurm")
             read_once(store.image(image))
         boots = [bench.round(f"{number}/{rounds}", f"{number}", ours, plain) for number in range(1, rounds + 1)]
     joining, standing = [first for first, _ in boots], [second for _, second in boots]
-    found = rows(joining, standing, GOAL_JOINED[ours.platform])
+    found = rows(joining, standing, ours.platform)
     if ours.platform == "slurm" and shutil.which("systemd-nspawn"):
         console.print(f"{ours.name} in a container, at native speed", highlight=False)
         found.append(native_row(native(store.image(ours))))
@@ -250,14 +250,15 @@ def _guest(reached: Reached, pattern: str) -> float:
     return float(found["guest"])
 
 
-def rows(joining: Sequence[Boot], standing: Sequence[Boot], goal: float) -> list[Row]:
+def rows(joining: Sequence[Boot], standing: Sequence[Boot], platform: str) -> list[Row]:
     """Return what a number of boots comes to: medians and ratios.
 
     Args:
         joining: boots of our image.
         standing: boots of the plain one.
-        goal: the ratio of joined to the plain one's login prompt.
+        platform: of ours.
     """
+    goal = GOAL_JOINED[platform]
     joined = [made.joined for made in joining if made.joined]
     logins = [made.login for made in joining]
     plain = [made.login for made in standing]
@@ -268,7 +269,7 @@ def rows(joining: Sequence[Boot], standing: Sequence[Boot], goal: float) -> list
         Row("ours: power-on to login prompt", _text(logins), _seconds(logins) / _seconds(plain)),
         Row("CPU seconds, ours to joined", f"{_cpu(joined):.1f} s", _cpu(joined) / _cpu(plain)),
         Row("CPU seconds, ours to login prompt", f"{_cpu(logins):.1f} s", _cpu(logins) / _cpu(plain)),
-        *_agent_rows(joining, _seconds(joined)),
+        *(_agent_rows(joining, _seconds(joined)) if platform == "slurm" else _kubeadm_rows(joining, _seconds(joined))),
     ]
 
 
@@ -286,6 +287,16 @@ def _agent_rows(joining: Sequence[Boot], whole: float) -> list[Row]:
     return [
         Row(first, f"{agent:.1f} s of the guest's", agent / whole),
         Row(second, f"{work:.1f} s of the guest's CPU", work / whole, goal, met),
+    ]
+
+
+def _kubeadm_rows(joining: Sequence[Boot], whole: float) -> list[Row]:
+    """Return the agent's rows of a Kubernetes node, whose joining is kubeadm's and the kubelet's work."""
+    agent = statistics.median(made.agent for made in joining)
+    work = statistics.median(made.work for made in joining)
+    return [
+        Row("agent: its start to joined", f"{agent:.1f} s of the guest's", agent / whole),
+        Row("agent and kubeadm: their work", f"{work:.1f} s of the guest's CPU", work / whole),
     ]
 
 

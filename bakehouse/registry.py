@@ -91,5 +91,6 @@ def mirror_of_all(address: str) -> dict[str, str]:
     Args:
         address: of the registry, with its port.
     """
-    text = f'server = "http://{address}"\n'
+    # 1.7 reads no file without a host in it.
+    text = f'[host."http://{address}"]\ncapabilities = ["pull", "resolve"]\n'
     return {"path": "/etc/containerd/certs.d/_default/hosts.toml", "content": text}

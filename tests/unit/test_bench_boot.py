@@ -231,17 +231,24 @@ def reached(seconds: float, cpu: float = 1.0) -> Reached:
 def test_medians_are_compared_with_the_goals() -> None:
     joining = [Boot("tcg", reached(60), reached(at), agent=6.0, work=4.0) for at in (50.0, 40.0, 400.0)]
     standing = [Boot("tcg", reached(at)) for at in (100.0, 90.0, 110.0)]
-    found = bench_boot.rows(joining, standing, 1.25)
+    found = bench_boot.rows(joining, standing, "slurm")
     assert (found[1].ratio, found[1].met) == (0.5, True)
     assert found[2].ratio == pytest.approx(0.6)
     assert (found[-2].ratio, found[-2].met) == (0.12, None)
     assert (found[-1].ratio, found[-1].met) == (0.08, True)
     slow = [replace(made, joined=reached(126), work=20.0) for made in joining]
-    assert [row.met for row in bench_boot.rows(slow, standing, 1.25)] == [None, False, None, None, None, None, False]
+    assert [row.met for row in bench_boot.rows(slow, standing, "slurm")] == [None, False, None, None, None, None, False]
 
 
 @pytest.mark.parametrize(("seconds", "met"), [(1.9, True), (2.1, False)])
 def test_with_kvm_the_agent_has_two_seconds(seconds: float, met: bool) -> None:
     joining = [Boot("kvm", reached(8), reached(7), agent=seconds)]
-    row = bench_boot.rows(joining, [Boot("kvm", reached(8))], 1.25)[-2]
+    row = bench_boot.rows(joining, [Boot("kvm", reached(8))], "slurm")[-2]
     assert (row.goal, row.met) == ("under 2 s", met)
+
+
+def test_a_kubernetes_node_has_a_goal_of_its_own_and_none_for_kubeadms_work() -> None:
+    joining = [Boot("tcg", reached(60), reached(130), agent=40.0, work=15.0)]
+    found = bench_boot.rows(joining, [Boot("tcg", reached(100))], "kubernetes")
+    assert (found[1].ratio, found[1].met) == (1.3, True)
+    assert [(row.name, row.met) for row in found[-1:]] == [("agent and kubeadm: their work", None)]

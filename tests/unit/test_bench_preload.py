@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,7 +143,8 @@ def test_both_pull_from_the_registry_of_the_network(world: World) -> None:
     for _, options in world.boots:
         first, second = yaml.safe_load(options["user_data"].partition("\n")[2])
         paths = {file["path"]: file["content"] for file in yaml.safe_load(first["content"])["write_files"]}
-        assert paths["/etc/containerd/certs.d/_default/hosts.toml"] == 'server = "http://10.77.0.1:5000"\n'
+        hosts = tomllib.loads(paths["/etc/containerd/certs.d/_default/hosts.toml"])
+        assert hosts["host"] == {"http://10.77.0.1:5000": {"capabilities": ["pull", "resolve"]}}
         assert "join.yaml" in second["content"]
 
 
