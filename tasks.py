@@ -661,7 +661,7 @@ boot = command(
     positional=["tag"],
     help=TAG
     | {
-        "firmware": "bios or uefi",
+        "firmware": "bios, uefi or secure-boot",
         "memory": "such as 1GiB",
         "cpus": "how many",
         "disk": "the disk's size, such as 10GiB; the image's own by default",
@@ -680,7 +680,10 @@ verify = command(
     positional=["tag"],
     help=TAG
     | JSON
-    | {"firmware": "bios or uefi; the first that the image has by default", "verbose": "show what the tools say"},
+    | {
+        "firmware": "bios, uefi or secure-boot; the first that the image has by default",
+        "verbose": "show what the tools say",
+    },
 )
 userdata = command(
     _userdata,

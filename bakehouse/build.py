@@ -337,7 +337,7 @@ def _disk(job: _Bake, root: Path, root_uuid: str) -> tuple[Path, dict[str, int]]
     with job.progress.stage("disk"):
         _isolated(job, command)
         run.give_back(job.work / "vmlinuz")
-    sizes: dict[str, int] = json.loads(report.read_text())
+    sizes: dict[str, Any] = json.loads(report.read_text())
     return raw, sizes
 
 
@@ -413,6 +413,7 @@ def _record(
         architecture=image.architecture,
         kernel=kernel,
         firmware=list(image.disk.firmware),
+        secure_boot=sizes["secure_boot"],
         root_size=sizes["root_size"],
         root_used=sizes["root_used"],
         files=made,

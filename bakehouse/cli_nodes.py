@@ -453,7 +453,12 @@ def _log() -> Iterator[Log]:
 
 def _firmware(found: Record, firmware: str) -> Firmware:
     chosen = cast(Firmware, _one_of("--firmware", firmware, get_args(Firmware)))
-    if chosen not in found.firmware:
+    if chosen == "secure-boot":
+        if not found.secure_boot:
+            raise BakehouseError(
+                f"{found.tag} has no signed boot loader", hint="the element bare-metal brings one (docs/bare-metal.md)"
+            )
+    elif chosen not in found.firmware:
         raise BakehouseError(
             f"{found.tag} does not boot under {firmware.upper()}, only {' and '.join(found.firmware).upper()}",
             hint="its manifest's disk.firmware says so",

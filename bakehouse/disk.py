@@ -1,7 +1,8 @@
 """The disk, assembled in user space: nothing is mounted, no loop device, no device-mapper, so nothing can leak.
 
 A GPT with a BIOS boot partition, an EFI system partition and the root; GRUB for both kinds of firmware. The root is
-written by ``mke2fs -d``, the EFI partition by mtools, GRUB's images by ``grub-mkimage``.
+written by ``mke2fs -d``, the EFI partition by mtools, GRUB's images by ``grub-mkimage``. A root that brings shim and
+a signed GRUB gets these for UEFI: the chain of Secure Boot.
 
 Runs as root in an isolated process (``python -m bakehouse.disk``), since files in the root belong to root. Standard
 library only.
@@ -35,6 +36,16 @@ GRUB_MODULES = (
     "boot cat configfile echo ext2 fat halt help linux ls minicmd normal part_gpt reboot search search_fs_uuid "
     "serial terminal test true"
 ).split()
+
+# Where Debian's packages shim-signed, shim-helpers-amd64-signed and grub-efi-amd64-signed have their programs, and the
+# names that these look for each other by (shim's README.fallback and MokManager).
+SIGNED = {
+    "usr/lib/shim/shimx64.efi.signed": "BOOTX64.EFI",
+    "usr/lib/shim/mmx64.efi.signed": "mmx64.efi",
+    "usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed": "grubx64.efi",
+}
+SIGNED_GRUB_MENU = "EFI/debian/grub.cfg"
+"""What Debian's signed GRUB reads: its prefix is built in."""
 
 # GRUB's boot.img and diskboot.img (grub-core/boot/i386/pc/boot.S and diskboot.S, include/grub/i386/pc/boot.h).
 MBR_CODE_BYTES = 440
@@ -87,6 +98,8 @@ class Result:
     """Bytes of the disk."""
     allocated: int
     """Bytes that the sparse file takes."""
+    secure_boot: bool
+    """Whether UEFI's loader is the signed one."""
 
 
 def assemble(root: Path, image: Path, *, root_uuid: str, root_size: int | None, firmware: list[str]) -> Result:
@@ -120,11 +133,10 @@ def assemble(root: Path, image: Path, *, root_uuid: str, root_size: int | None, 
             f"search --no-floppy --fs-uuid --set=root {root_uuid}\n"
             "set prefix=($root)/boot/grub\nconfigfile $prefix/grub.cfg\n"
         )
-        if layout.efi_start is not None:
-            _install_efi(image, layout.efi_start, early)
+        signed = layout.efi_start is not None and _install_efi(root, image, layout.efi_start, early)
         if layout.bios_start is not None:
             _install_bios(image, layout.bios_start, early)
-    return Result(layout.root_size * MIB, used, layout.total * MIB, image.stat().st_blocks * 512)
+    return Result(layout.root_size * MIB, used, layout.total * MIB, image.stat().st_blocks * 512, signed)
 
 
 def _partition(image: Path, layout: Layout) -> None:
@@ -145,17 +157,27 @@ def _make_root(root: Path, image: Path, layout: Layout, root_uuid: str) -> None:
     _tool(["mke2fs", *options, "-E", extended, "-d", str(root), str(image), f"{layout.root_size}M"])
 
 
-def _install_efi(image: Path, start: int, early: Path) -> None:
-    loader = early.with_name("BOOTX64.EFI")
-    _tool([
-        "grub-mkimage", "--format=x86_64-efi", f"--output={loader}", f"--config={early}", "--prefix=/boot/grub",
-        *GRUB_MODULES, "efi_gop",
-    ])  # fmt: skip
+def _install_efi(root: Path, image: Path, start: int, early: Path) -> bool:
+    """Make the EFI partition. Return whether its loader is a signed one."""
+    files = {f"EFI/BOOT/{name}": root / path for path, name in SIGNED.items()}
+    signed = all(path.is_file() for path in files.values())
+    if signed:
+        files[SIGNED_GRUB_MENU] = early
+    else:
+        loader = early.with_name("BOOTX64.EFI")
+        _tool([
+            "grub-mkimage", "--format=x86_64-efi", f"--output={loader}", f"--config={early}", "--prefix=/boot/grub",
+            *GRUB_MODULES, "efi_gop",
+        ])  # fmt: skip
+        files = {"EFI/BOOT/BOOTX64.EFI": loader}
     where = f"{image}@@{start * MIB}"
     sectors = EFI_MIB * MIB // SECTOR
     _tool(["mformat", "-i", where, "-F", "-v", "EFI", "-T", str(sectors), "-h", "64", "-s", "32", "::"])
-    _tool(["mmd", "-i", where, "::/EFI", "::/EFI/BOOT"])
-    _tool(["mcopy", "-i", where, str(loader), "::/EFI/BOOT/BOOTX64.EFI"])
+    folders = sorted({str(parent) for name in files for parent in Path(name).parents if parent.name})
+    _tool(["mmd", "-i", where, *(f"::/{folder}" for folder in folders)])
+    for name, path in files.items():
+        _tool(["mcopy", "-i", where, str(path), f"::/{name}"])
+    return signed
 
 
 def _install_bios(image: Path, start: int, early: Path) -> None:

@@ -26,14 +26,18 @@ from bakehouse.errors import BakehouseError
 from bakehouse.instance import Instance
 from bakehouse.network import GATEWAY, SUBNET, Network, Port
 
-Firmware = Literal["bios", "uefi"]
+DEFAULT_MTU = 1500
+"""Bytes; a card takes no larger packets unless QEMU says so."""
+
+Firmware = Literal["bios", "uefi", "secure-boot"]
 
 DataSource = Literal["nocloud", "config-drive", "config-drive-partition", "metadata"]
 """Where cloud-init finds its data: a NoCloud seed, OpenStack's config drive as a disk of its own (Nova) or as a
 partition at the end of the machine's disk (Ironic), or OpenStack's metadata service, which needs a private network."""
 
-OVMF_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
-OVMF_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+OVMF = Path("/usr/share/OVMF/OVMF_CODE_4M.fd"), Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+OVMF_SECURE = Path("/usr/share/OVMF/OVMF_CODE_4M.ms.fd"), Path("/usr/share/OVMF/OVMF_VARS_4M.ms.fd")
+"""Program and variables of the firmware (Debian's ovmf)."""
 
 EMULATED_CPU = "Nehalem,-cx16"
 """Without cmpxchg16b: QEMU's emulation of it panics guests now and then, and this model costs a fifth less than max."""
@@ -309,7 +313,7 @@ def boot(
     Args:
         image: a qcow2 or raw file.
         probe: the folder where the answer about KVM is kept.
-        firmware: bios or uefi.
+        firmware: bios, uefi, or secure-boot: UEFI that boots only what is signed (Microsoft's keys are in it).
         memory: MiB.
         cpus: how many.
         disk_size: bytes of the disk that the machine sees; the image's own size if that is larger.
@@ -338,7 +342,8 @@ def boot(
         _overlay(image, disk, _with_room(image, disk_size) if data_source == "config-drive-partition" else disk_size)
         drives = _drives(folder, disk, told, data_source, network)
         command = _command(folder, disk, drives, port, firmware=firmware, memory=memory, cpus=cpus,
-                           accelerated=accelerated, clock=clock, data_source=data_source)  # fmt: skip
+                           accelerated=accelerated, clock=clock, data_source=data_source,
+                           mtu=network.mtu if network else DEFAULT_MTU)  # fmt: skip
         if network and port:
             network.add_tap(port)
             command = [*network.only_network, *command]
@@ -447,10 +452,14 @@ def _command(
     accelerated: bool,
     clock: datetime.datetime | None,
     data_source: DataSource,
+    mtu: int = DEFAULT_MTU,
 ) -> list[str]:
+    secure = firmware == "secure-boot"
+    # Only code in system management mode may write to the firmware's variables then (EDK II, OvmfPkg/README).
+    manner = f"q35,accel={'kvm' if accelerated else 'tcg'}{',smm=on' if secure else ''}"
     command = [
         "qemu-system-x86_64", "-nodefaults", "-display", "none", "-vga", "none",
-        "-machine", f"q35,accel={'kvm' if accelerated else 'tcg'}",
+        "-machine", manner,
         "-cpu", "host" if accelerated else EMULATED_CPU,
         "-smp", str(cpus), "-m", str(memory),
         "-drive", f"if=none,id=disk,file={disk},format=qcow2,cache=unsafe,discard=unmap",
@@ -463,8 +472,9 @@ def _command(
         command += ["-drive", f"if=none,id=seed{number},file={drive},format=raw,readonly=on"]
         command += ["-device", f"virtio-blk-pci,drive=seed{number}"]
     if port:
+        jumbo = f",host_mtu={mtu}" if mtu != DEFAULT_MTU else ""
         command += ["-netdev", f"tap,id=net,ifname={port.device},script=no,downscript=no"]
-        command += ["-device", f"virtio-net-pci,netdev=net,mac={port.mac},romfile="]
+        command += ["-device", f"virtio-net-pci,netdev=net,mac={port.mac},romfile={jumbo}"]
     else:
         command += ["-netdev", "user,id=net,hostfwd=tcp:127.0.0.1:0-:22"]
         command += ["-device", "virtio-net-pci,netdev=net,romfile="]
@@ -473,11 +483,14 @@ def _command(
         command += ["-smbios", "type=1,manufacturer=OpenStack Foundation,product=OpenStack Nova"]
     if clock:
         command += ["-rtc", f"base={clock.astimezone(datetime.UTC):%Y-%m-%dT%H:%M:%S},clock=host"]
-    if firmware == "uefi":
+    if firmware != "bios":
+        code, before = OVMF_SECURE if secure else OVMF
         variables = folder / "uefi-variables.fd"
-        shutil.copyfile(OVMF_VARIABLES, variables)
-        command += ["-drive", f"if=pflash,format=raw,readonly=on,file={OVMF_CODE}"]
-        command += ["-drive", f"if=pflash,format=raw,file={variables}"]
+        shutil.copyfile(before, variables)
+        command += ["-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={code}"]
+        command += ["-drive", f"if=pflash,format=raw,unit=1,file={variables}"]
+    if secure:
+        command += ["-global", "driver=cfi.pflash01,property=secure,value=on", "-global", "ICH9-LPC.disable_s3=1"]
     return command
 
 

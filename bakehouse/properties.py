@@ -35,6 +35,8 @@ ADMIN_USER = "debian"
 
 GIB = 1 << 30
 
+TRAIT_RDMA = "trait:HW_NIC_OFFLOAD_RDMA"
+
 FIELDS = {"min_disk": 0, "min_ram": 0}
 """Fields of the Image API that may be overridden like properties."""
 
@@ -200,6 +202,7 @@ def _memory(record: Record) -> int:
 
 def _standard(record: Record, *, guest_agent: bool) -> dict[str, str]:
     machine = {"amd64": "x86_64", "arm64": "aarch64"}
+    is_roce = record.platform == "roce" or record.has_element("roce")
     values = {
         "architecture": machine.get(record.architecture, record.architecture),
         "os_type": "linux",
@@ -212,8 +215,11 @@ def _standard(record: Record, *, guest_agent: bool) -> dict[str, str]:
         # Where cloud-init looks first; the metadata service does as well.
         "img_config_drive": "optional",
         "hw_firmware_type": firmware(record),
+        **({"os_secure_boot": "optional"} if record.secure_boot else {}),
+        # Nova takes only hosts with the trait (its "Image Metadata"; names: os-traits).
+        **({TRAIT_RDMA: "required"} if is_roce else {}),
     }
-    if record.platform == "roce":
+    if record.platform == "roce" or record.has_element("bare-metal"):
         return values | {"hypervisor_type": "baremetal"}
     return values | {
         "hw_machine_type": "q35",

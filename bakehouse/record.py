@@ -123,6 +123,8 @@ class Record(_Part):
     kernel: str
     """Version of the kernel in the image."""
     firmware: list[str]
+    secure_boot: bool = False
+    """Whether it boots under UEFI Secure Boot: shim, GRUB and kernel are signed."""
     root_size: int
     """Bytes of the root partition."""
     root_used: int
@@ -140,6 +142,10 @@ class Record(_Part):
     """Versions of the tools that built it."""
     verification: Verification | None = None
     published: list[Publication] = []
+
+    def has_element(self, name: str) -> bool:
+        """Say whether an element is among those that it was baked with."""
+        return any(key == f"element {name}" or key.startswith(f"element {name}/") for key in self.inputs)
 
     @property
     def seconds(self) -> float:

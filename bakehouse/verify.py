@@ -66,6 +66,9 @@ JOIN_SECONDS = 900
 ASK_SECONDS = 240
 """A node that has not said on its console that it joined is asked so often."""
 
+SUITES_OF_ELEMENTS = ("bare-metal", "roce")
+"""Elements with a suite of their own, whatever the platform."""
+
 AGENTS_END = r"bakehouse-agent: \d+\.\d+ (joined|failed)"
 
 COMMAND_SECONDS = 300
@@ -123,14 +126,20 @@ class Suites:
 
     folders: tuple[Path, ...]
 
-    def of(self, platform: str) -> list[Path]:
-        """Return the files for a platform: those of all nodes, and its own.
+    def of(self, record: Record) -> list[Path]:
+        """Return the files for an image: those of all nodes, of its platform, and of elements with a suite.
 
         A folder's ``test_node.py`` and ``test_node_*.py`` are asked of every node, ``test_PLATFORM.py`` and
-        ``test_PLATFORM_*.py`` of the platform's.
+        ``test_PLATFORM_*.py`` of the platform's, ``test_roce.py`` of nodes of other platforms with RoCE as well.
         """
-        names = ["test_node.py", "test_node_*.py", f"test_{platform}.py", f"test_{platform}_*.py"]
+        subjects = ["node", record.platform, *(name for name in SUITES_OF_ELEMENTS if record.has_element(name))]
+        names = [name for each in dict.fromkeys(subjects) for name in _suite_names(each)]
         return [path for folder in self.folders for name in names for path in sorted(folder.glob(name))]
+
+
+def _suite_names(subject: str) -> list[str]:
+    form = subject.replace("-", "_")
+    return [f"test_{form}.py", f"test_{form}_*.py"]
 
 
 OWN_SUITES = REPOSITORY / "tests" / "image"
@@ -241,7 +250,7 @@ def verify(
     image = store.image(record)
     needed(record)
     firmware = firmware or ("bios" if "bios" in record.firmware else "uefi")
-    wanted = (suites or Suites((OWN_SUITES,))).of(record.platform)
+    wanted = (suites or Suites((OWN_SUITES,))).of(record)
     evidence = store.folder(record.tag) / EVIDENCE
     own_lock = store.root / ".locks" / f"verify-{record.tag}.lock"
     title = f"Verifying {record.name} {record.tag}"

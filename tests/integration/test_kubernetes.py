@@ -225,7 +225,8 @@ class Tour:
         seen: dict[str, Any] = {}
 
         def holds() -> bool:
-            self.node.ssh("sudo touch /etc/bakehouse/look")
+            # A new file wakes it up, a touched one does not.
+            self.node.ssh("sudo sh -c 'rm -f /etc/bakehouse/look; touch /etc/bakehouse/look'")
             seen.update(self.status())
             return fact(seen)
 

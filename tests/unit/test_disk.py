@@ -187,6 +187,29 @@ def test_the_efi_partition_has_a_loader_where_firmware_looks(assembled: Assemble
     assert UUID.encode() in loader, "it looks for the root by its UUID"
 
 
+@pytest.mark.parametrize("missing", ["", "usr/lib/shim/mmx64.efi.signed"])
+def test_a_root_with_a_signed_chain_boots_by_it(tmp_path: Path, missing: str) -> None:
+    root = make_root(tmp_path)
+    for path in disk.SIGNED:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(path.encode())
+    if missing:
+        (root / missing).unlink()
+    image = tmp_path / "disk.raw"
+    result = disk.assemble(root, image, root_uuid=UUID, root_size=SIZE, firmware=["uefi"])
+    where = f"{image}@@{MIB}"
+    listed = subprocess.check_output(["mdir", "-/", "-b", "-i", where, "::/EFI"], text=True).split()
+    files = {name.removeprefix("::/") for name in listed if not name.endswith("/")}
+    assert result.secure_boot is not bool(missing)
+    if missing:
+        assert files == {"EFI/BOOT/BOOTX64.EFI"}, "one of our own: half a chain boots nowhere"
+        return
+    assert files == {"EFI/BOOT/BOOTX64.EFI", "EFI/BOOT/grubx64.efi", "EFI/BOOT/mmx64.efi", "EFI/debian/grub.cfg"}
+    read = {name: subprocess.check_output(["mtype", "-i", where, f"::/{name}"]) for name in files}
+    assert read["EFI/BOOT/BOOTX64.EFI"] == b"usr/lib/shim/shimx64.efi.signed"
+    assert UUID.encode() in read["EFI/debian/grub.cfg"], "it looks for the root by its UUID"
+
+
 def test_the_first_sector_leads_to_the_bios_boot_partition(assembled: Assembled) -> None:
     start = assembled.start("bios")
     with assembled.image.open("rb") as file:

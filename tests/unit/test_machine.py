@@ -31,6 +31,8 @@ PORT = Port(10, "node-1")
 class FakeNetwork:
     """Takes what a machine wants of a network."""
 
+    mtu = 1500
+
     def __init__(self) -> None:
         self.told: list[Instance] = []
         self.done: list[str] = []
@@ -93,6 +95,12 @@ def test_a_machine_of_nova_says_that_it_is_one_and_one_of_ironic_does_not(
     assert said == (["type=1,manufacturer=OpenStack Foundation,product=OpenStack Nova"] if openstack else [])
 
 
+def test_jumbo_frames_are_told_to_the_card(tmp_path: Path) -> None:
+    port = Port(10, "node-1")
+    assert "host_mtu" not in values(command(tmp_path, port), "-device")[-1]
+    assert values(command(tmp_path, port, mtu=9000), "-device")[-1].endswith(",host_mtu=9000")
+
+
 def test_a_seed_is_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
     words = command(tmp_path, drives=(tmp_path / "seed.iso",))
     disk, drive = values(words, "-drive")
@@ -110,14 +118,26 @@ def test_a_clock_may_be_wrong(tmp_path: Path) -> None:
 
 def test_uefi_has_variables_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "VARS.fd").write_bytes(b"variables")
-    monkeypatch.setattr(machine, "OVMF_VARIABLES", tmp_path / "VARS.fd")
+    monkeypatch.setattr(machine, "OVMF", (Path("/CODE.fd"), tmp_path / "VARS.fd"))
     flash = [drive for drive in values(command(tmp_path, firmware="uefi"), "-drive") if "pflash" in drive]
     assert flash == [
-        f"if=pflash,format=raw,readonly=on,file={machine.OVMF_CODE}",
-        f"if=pflash,format=raw,file={tmp_path}/uefi-variables.fd",
+        "if=pflash,format=raw,unit=0,readonly=on,file=/CODE.fd",
+        f"if=pflash,format=raw,unit=1,file={tmp_path}/uefi-variables.fd",
     ]
     assert (tmp_path / "uefi-variables.fd").read_bytes() == b"variables"
     assert not [drive for drive in values(command(tmp_path), "-drive") if "pflash" in drive]
+
+
+def test_secure_boot_has_firmware_with_keys_that_only_it_can_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "VARS.ms.fd").write_bytes(b"with keys")
+    monkeypatch.setattr(machine, "OVMF_SECURE", (Path("/CODE.ms.fd"), tmp_path / "VARS.ms.fd"))
+    words = command(tmp_path, firmware="secure-boot")
+    assert "if=pflash,format=raw,unit=0,readonly=on,file=/CODE.ms.fd" in values(words, "-drive")
+    assert (tmp_path / "uefi-variables.fd").read_bytes() == b"with keys"
+    assert values(words, "-machine") == ["q35,accel=tcg,smm=on"]
+    assert "driver=cfi.pflash01,property=secure,value=on" in values(words, "-global")
 
 
 # Data sources.

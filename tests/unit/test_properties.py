@@ -57,6 +57,18 @@ def test_bare_metal_is_told_apart(record: Record) -> None:
     assert virtual.properties["hw_disk_bus"] == "virtio"
 
 
+def test_what_has_roce_in_it_goes_where_it_is_whatever_its_platform(record: Record) -> None:
+    inputs = {**record.inputs, "element roce/element-deps": "x", "element bare-metal/element-deps": "x"}
+    made = make(record, changes={"inputs": inputs, "secure_boot": True}).properties
+    assert made["trait:HW_NIC_OFFLOAD_RDMA"] == "required"
+    assert (made["hypervisor_type"], made["os_secure_boot"]) == ("baremetal", "optional")
+    without = make(record, {"trait:HW_NIC_OFFLOAD_RDMA": None}, changes={"inputs": inputs}).properties
+    assert "trait:HW_NIC_OFFLOAD_RDMA" not in without
+    assert "os_secure_boot" not in without
+    plain = make(record).properties
+    assert not [key for key in plain if key.startswith("trait:") or key == "os_secure_boot"]
+
+
 @pytest.mark.parametrize(
     ("firmware", "verified", "wanted"),
     [

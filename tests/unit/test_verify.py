@@ -484,25 +484,32 @@ def test_a_fault_of_our_own_is_no_word_on_the_image(job: verify._Run) -> None:
 # Suites.
 
 
+def of(platform: str, **changes: Any) -> Record:
+    return record(platform=platform, **changes)
+
+
 def test_a_platform_is_asked_its_own_suites_and_those_of_all_nodes(tmp_path: Path) -> None:
     own, site = tmp_path / "own", tmp_path / "site"
     for folder, names in (
-        (own, "test_node test_slurm test_kubernetes conftest"),
+        (own, "test_node test_slurm test_kubernetes test_roce conftest"),
         (site, "test_node_disks test_slurm_licences test_slurmd test_b"),
     ):
         folder.mkdir()
         for name in names.split():
             (folder / f"{name}.py").touch()
     suites = Suites((own, site, tmp_path / "missing"))
-    assert [path.relative_to(tmp_path).as_posix() for path in suites.of("slurm")] == [
+    assert [path.relative_to(tmp_path).as_posix() for path in suites.of(of("slurm"))] == [
         "own/test_node.py", "own/test_slurm.py", "site/test_node_disks.py", "site/test_slurm_licences.py",
     ]  # fmt: skip
-    assert own / "test_kubernetes.py" in suites.of("kubernetes")
-    assert own / "test_slurm.py" not in suites.of("kubernetes")
+    assert own / "test_kubernetes.py" in suites.of(of("kubernetes"))
+    assert own / "test_slurm.py" not in suites.of(of("kubernetes"))
+    assert own / "test_roce.py" not in suites.of(of("slurm"))
+    with_roce = {path.name for path in suites.of(of("slurm", inputs={"element roce/element-deps": "x"}))}
+    assert {"test_node.py", "test_slurm.py", "test_roce.py"} <= with_roce
 
 
 def test_our_own_suites_are_found() -> None:
-    assert {path.name for path in Suites((verify.OWN_SUITES,)).of("slurm")} == {"test_node.py", "test_slurm.py"}
+    assert {path.name for path in Suites((verify.OWN_SUITES,)).of(of("slurm"))} == {"test_node.py", "test_slurm.py"}
 
 
 def test_the_sites_suites_are_asked_too(world: World) -> None:
