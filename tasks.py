@@ -539,8 +539,8 @@ def _cluster_status(_context: Context, json: bool = False) -> None:
     cli_nodes.cluster_status(as_json=json)
 
 
-def _cluster_run(_context: Context, command: str, platform: str = "slurm") -> None:
-    """Run a command on the cluster's controller.
+def _cluster_run(_context: Context, command: str, platform: str = "") -> None:
+    """Run a command on the controller of the cluster that runs here.
 
     Examples:
       invoke cluster.run 'srun --nodes=2 hostname'

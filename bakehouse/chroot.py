@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bakehouse import waiting
@@ -26,6 +26,9 @@ class Chroot:
         network: where it is; its daemons have the network's gateway's address.
         name: of the copy.
     """
+
+    environment: Mapping[str, str] = INSIDE
+    """Variables of its commands."""
 
     def __init__(self, network: Network, name: str) -> None:
         self.network = network
@@ -74,7 +77,7 @@ class Chroot:
         done = subprocess.run(
             [*self.network.everything, "chroot", str(self.root), *command],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
-            env=INSIDE,
+            env=self.environment,
         )  # fmt: skip
         if check and done.returncode != 0:
             raise BakehouseError(

@@ -42,13 +42,13 @@ PLATFORMS = ("slurm", "kubernetes")
 CONTROLLERS = {"slurm": "A Slurm controller", "kubernetes": "A Kubernetes control plane"}
 NEXT = {
     "slurm": (
-        "invoke boot slurm --join --name node-1       a node that joins it",
-        "invoke cluster.run 'sinfo'                   the cluster's own commands",
+        "invoke boot {tag} --join --name node-1       a node that joins it",
+        "invoke cluster.run 'sinfo'                              the cluster's own commands",
         "invoke cluster.run 'srun hostname'",
-        "invoke cluster.down slurm                    ends all of it",
+        "invoke cluster.down slurm                               ends all of it",
     ),
     "kubernetes": (
-        "invoke boot kubernetes --join --name node-1 --memory 2GiB --cpus 2             a node that joins it",
+        "invoke boot {tag} --join --name node-1 --memory 2GiB --cpus 2       a node that joins it",
         "invoke cluster.run 'kubectl get nodes' --platform kubernetes                   the cluster's own commands",
         "invoke cluster.down kubernetes                                                 ends all of it",
     ),
@@ -385,7 +385,7 @@ def cluster_up(platform: str, *, image: str, authentication: str, accounting: bo
             made = demo.up(found, store.image(found), chosen, settings.mirrors() if accounting else None)
     console.print(f"[green]{CONTROLLERS[platform]} of {made.tag} runs[/] (process {made.keeper}).", highlight=False)
     for line in NEXT[platform]:
-        console.print(f"  {line}", highlight=False)
+        console.print(f"  {line.format(tag=made.tag)}", highlight=False, soft_wrap=True)
 
 
 def cluster_down(platform: str) -> None:
@@ -423,7 +423,8 @@ def cluster_status(*, as_json: bool) -> None:
 def cluster_run(command: str, *, platform: str) -> None:
     """Run a command on a cluster's controller and pass on its output."""
     settings, _, _ = open_site()
-    with _demo(platform, settings) as cluster:
+    running = [name for name in PLATFORMS if demo.find(name)]
+    with _demo(platform or (running[0] if len(running) == 1 else PLATFORMS[0]), settings) as cluster:
         done = cluster.controller.run("sh", "-c", command, timeout=3600)
     sys.stdout.write(done.stdout)
     sys.stderr.write(done.stderr)

@@ -6,12 +6,13 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bakehouse import waiting
 from bakehouse.chroot import Chroot
 from bakehouse.errors import BakehouseError
-from bakehouse.network import GATEWAY, Network
+from bakehouse.network import GATEWAY, INSIDE, Network
 
 NAME = "control-plane"
 PORT = 6443
@@ -63,6 +64,8 @@ class ControlPlane(Chroot):
         network: where it is; it has the network's gateway's address.
         version: of Kubernetes, such as 1.35.5.
     """
+
+    environment = MappingProxyType({**INSIDE, "KUBECONFIG": ADMIN})
 
     def __init__(self, network: Network, version: str) -> None:
         super().__init__(network, NAME)
@@ -198,7 +201,7 @@ class ControlPlane(Chroot):
 
     def kubectl(self, *words: str, check: bool = False, timeout: float = 120) -> Any:
         """Run kubectl as the cluster's administrator. Return what subprocess.run() does."""
-        return self.run("kubectl", f"--kubeconfig={ADMIN}", *words, check=check, timeout=timeout)
+        return self.run("kubectl", *words, check=check, timeout=timeout)
 
     def get(self, *words: str) -> dict[str, Any]:
         """Return an object of the API; an empty one where there is none."""
@@ -238,7 +241,7 @@ class ControlPlane(Chroot):
         Args:
             lifetime: such as 15m.
         """
-        command = ["kubeadm", "token", "create", f"--ttl={lifetime}", f"--kubeconfig={ADMIN}"]
+        command = ["kubeadm", "token", "create", f"--ttl={lifetime}"]
         return self.run(*command, check=True).stdout.strip()
 
     def ca_hash(self) -> str:

@@ -838,10 +838,10 @@ def make(config: Config, options: argparse.Namespace) -> None:
 
 def show(config: Config, _options: argparse.Namespace) -> None:
     """List the tokens."""
-    print(f"{'ID':8}  {'STATUS':7}  {'PLATFORM':8}  {'MADE':20}  {'EXPIRES':20}  {'USED':20}  {'FROM':15}  NODE")
+    print(f"{'ID':8}  {'STATUS':7}  {'PLATFORM':10}  {'MADE':20}  {'EXPIRES':20}  {'USED':20}  {'FROM':15}  NODE")
     for token in list_tokens(config.state):
         times = f"{moment(token.made)}  {moment(token.expires)}  {moment(token.used):20}  {token.used_by or '':15}"
-        print(f"{token.identity}  {token.status(time.time()):7}  {token.platform:8}  {times}  {token.node}")
+        print(f"{token.identity}  {token.status(time.time()):7}  {token.platform:10}  {times}  {token.node}")
 
 
 def revoke(config: Config, options: argparse.Namespace) -> None:
