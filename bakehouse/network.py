@@ -186,7 +186,9 @@ class Network:
         self.run(["ip", "link", "set", port.device, "up"])
 
     def remove(self, port: Port) -> None:
-        """Take a machine's device away. Its address stays reserved."""
+        """Take a machine's device away. Its address stays reserved. With the network its devices are gone already."""
+        if not Path(f"/proc/{self.pid}").exists():
+            return
         self.run(["ip", "link", "delete", port.device])
 
     def serve_metadata(self, told: Instance) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +18,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from bakehouse import kubernetes, kubernetes_cluster, plan, timeline, userdata, verify, waiting
+from bakehouse import REPOSITORY, kubernetes, kubernetes_cluster, plan, timeline, userdata, verify, waiting
 from bakehouse.errors import BakehouseError
 from bakehouse.harness import BootMachine
 from bakehouse.kubernetes_cluster import KubernetesCluster
@@ -161,6 +164,41 @@ def test_a_node_joins_and_runs_pods(
     token = r"\b[a-z0-9]{6}\.[a-z0-9]{16}\b"
     places = "/etc/bakehouse /run/bakehouse /etc/kubernetes /var/lib/cloud /run/cloud-init"
     assert node.ssh(f"sudo grep -rIlP '{token}' {places}").stdout == "", "no bootstrap token is left"
+
+
+def test_a_cluster_comes_and_goes(image: Record, site: Settings, built: support.Built, tmp_path: Path) -> None:
+    """What people type: cluster.up, cluster.run, cluster.down."""
+    settings = {
+        "store": str(site.store), "cache": str(site.cache), "manifests": [str(site.manifests[0])],
+        "kubernetes_binaries": str(built.binaries),
+    }  # fmt: skip
+    (tmp_path / "bakehouse.yaml").write_text(yaml.safe_dump(settings))
+    environment = {
+        **os.environ, "BAKEHOUSE_CONFIG": str(tmp_path / "bakehouse.yaml"), "XDG_STATE_HOME": str(tmp_path),
+    }  # fmt: skip
+
+    def invoke(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "invoke", *words],
+            cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+
+    done = invoke("cluster.up", "kubernetes", "--image", image.tag)
+    assert done.returncode == 0, done.stderr
+    assert f"invoke boot {image.tag} --join" in done.stdout
+    try:
+        (shown,) = json.loads(invoke("cluster.status", "--json").stdout)
+        assert (shown["platform"], shown["tag"]) == ("kubernetes", image.tag)
+        assert invoke("cluster.run", "kubectl auth can-i delete nodes").stdout.strip() == "yes"
+        assert invoke("cluster.run", "false").returncode == 1
+        token = invoke("join.token", "--platform", "kubernetes", "--node", "x").stdout.strip()
+        assert token.startswith("bhj_")
+        assert "revoked" in invoke("join.revoke", "x").stdout
+    finally:
+        done = invoke("cluster.down", "kubernetes")
+    assert done.returncode == 0, done.stderr
+    assert not Path(f"/proc/{shown['network']}").exists()
+    assert json.loads(invoke("cluster.status", "--json").stdout) == []
 
 
 CLUSTER_API = """\

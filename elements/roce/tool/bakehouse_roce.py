@@ -1,0 +1,1 @@
+../../../bootstrap/roce/bakehouse_roce.py
