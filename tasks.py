@@ -129,12 +129,14 @@ def _images_verify(_context: Context, tag: str, cloud: str = "", region: str = "
     cli_cloud.verify(tag, cloud=cloud, region=region, as_json=json)
 
 
-def _images_diff(_context: Context, old: str, new: str, json: bool = False) -> None:
+def _images_diff(_context: Context, old: str, new: str, by_size: bool = False, json: bool = False) -> None:
     """Show which packages changed between two images of the store, with version and origin.
 
-    Example: invoke images.diff 20261122-3f2a9c1 20261123-5853cc9
+    Examples:
+      invoke images.diff 20261122-3f2a9c1 20261123-5853cc9
+      invoke images.diff debian-cloud roce --by-size
     """
-    cli_images.diff(old, new, as_json=json)
+    cli_images.diff(old, new, by_size=by_size, as_json=json)
 
 
 def _sign(_context: Context, tag: str, dry_run: bool = False) -> None:
@@ -373,6 +375,18 @@ def _verify(_context: Context, tag: str, firmware: str = "", verbose: bool = Fal
       invoke verify 20261123-5853cc9 --firmware uefi
     """
     cli_nodes.verify(tag, firmware=firmware, verbose=verbose, as_json=json)
+
+
+def _verify_host(
+    _context: Context, host: str, platform: str, tag: str = "", report: str = "", json: bool = False
+) -> None:
+    """Ask a node that runs what its testinfra suites ask, over SSH. It changes nothing there.
+
+    Examples:
+      invoke verify.host --host root@node-1 --platform roce
+      invoke verify.host --host debian@node-1 --platform slurm,roce --tag 20261123-5853cc9 --report node-1.xml
+    """
+    cli_nodes.verify_host(host, platform=platform, tag=tag, report=report, as_json=json)
 
 
 def _timeline(_context: Context, tag: str, json: bool = False) -> None:
@@ -674,16 +688,33 @@ boot = command(
         "join": "join the cluster of cluster.up",
     },
 )
-verify = command(
-    _verify,
-    name="verify",
-    positional=["tag"],
-    help=TAG
-    | JSON
-    | {
-        "firmware": "bios, uefi or secure-boot; the first that the image has by default",
-        "verbose": "show what the tools say",
-    },
+verify = Collection("verify")
+verify.add_task(
+    command(
+        _verify,
+        name="image",
+        positional=["tag"],
+        help=TAG
+        | JSON
+        | {
+            "firmware": "bios, uefi or secure-boot; the first that the image has by default",
+            "verbose": "show what the tools say",
+        },
+    ),
+    default=True,
+)
+verify.add_task(
+    command(
+        _verify_host,
+        name="host",
+        help=JSON
+        | {
+            "host": "the node, as ssh takes it, such as root@node; another user needs sudo without a password",
+            "platform": "slurm, kubernetes, roce or bare-metal; several with commas between",
+            "tag": "the image in the store that it was booted from: compare with its record",
+            "report": "a file for the result in JUnit's form",
+        },
+    )
 )
 userdata = command(
     _userdata,
@@ -724,7 +755,12 @@ images.add_task(
         _images_diff,
         name="diff",
         positional=["old", "new"],
-        help=JSON | {"old": "a tag, its beginning, or a manifest's name", "new": "the same, of the other image"},
+        help=JSON
+        | {
+            "old": "a tag, its beginning, or a manifest's name",
+            "new": "the same, of the other image",
+            "by-size": "what each part takes in the root that it did not take, by source package",
+        },
     )
 )
 images.add_task(command(_show, name="show", positional=["tag"], help=TAG | JSON))

@@ -13,17 +13,23 @@ from bakehouse import sbom, signature
 from bakehouse.errors import BakehouseError
 from bakehouse.record import Record
 from bakehouse.sbom import Change
-from bakehouse.terminal import console, open_site, print_json, say
+from bakehouse.terminal import console, open_site, print_json, say, size_text
+
+LEAST_SHOWN = 1 << 19
+"""Bytes: what takes less is put together."""
 
 COLOURS = {"added": "green", "removed": "red", "upgraded": "cyan", "downgraded": "bold yellow", "moved": "yellow"}
 
 
-def diff(old: str, new: str, *, as_json: bool) -> None:
-    """Print which packages changed between two images."""
+def diff(old: str, new: str, *, by_size: bool, as_json: bool) -> None:
+    """Print which packages changed between two images, or which parts made one larger than the other."""
     _, store, _ = open_site()
     before, after = store.get(old), store.get(new)
     bills = [sbom.read(store.folder(record.tag) / record.sbom) for record in (before, after)]
     changes = sbom.difference(*bills)
+    if by_size:
+        _print_sizes(before, after, sbom.sizes(*bills), as_json=as_json)
+        return
     if as_json:
         print_json({"old": before.tag, "new": after.tag, "changes": [dataclasses.asdict(one) for one in changes]})
         return
@@ -40,6 +46,28 @@ def diff(old: str, new: str, *, as_json: bool) -> None:
     counts = Counter(change.kind for change in changes)
     total = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     console.print(f"[dim]{total}, {len(bills[1])} packages now[/]", highlight=False)
+
+
+def _print_sizes(before: Record, after: Record, grown: dict[str, int], *, as_json: bool) -> None:
+    files = {record.tag: record.files[0].size for record in (before, after)}
+    roots = {record.tag: record.root_used for record in (before, after)}
+    if as_json:
+        print_json({"old": before.tag, "new": after.tag, "files": files, "roots": roots, "grown": grown})
+        return
+    console.print(f"{before.name} {before.tag} -> {after.name} {after.tag}", highlight=False)
+    for what, sizes in (("root", roots), ("file", files)):
+        one, other = sizes[before.tag], sizes[after.tag]
+        console.print(
+            f"[bold]{what}[/] {size_text(one)} -> {size_text(other)}, {other / one:.2f} times", highlight=False
+        )
+    table = Table("Source package", "MiB in the root", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    large = {name: size for name, size in grown.items() if abs(size) >= LEAST_SHOWN}
+    for name, size in large.items():
+        table.add_row(escape(name), f"{size / (1 << 20):+.1f}")
+    table.add_row("[dim]all others[/]", f"[dim]{(sum(grown.values()) - sum(large.values())) / (1 << 20):+.1f}[/]")
+    console.print()
+    console.print(table)
 
 
 def _print_versions(before: Record, after: Record) -> None:

@@ -55,6 +55,9 @@ NEXT = {
 }
 """What to do with a cluster."""
 
+SUBJECTS = ("slurm", "kubernetes", "roce", "bare-metal")
+"""What nodes can be asked about."""
+
 STDERR = 2
 """The file descriptor."""
 
@@ -96,6 +99,30 @@ def verify(tag: str, *, firmware: str, verbose: bool, as_json: bool) -> None:
         _print_verification(found, store)
     if found.verification and found.verification.result == "failed":
         raise failure(found, store)
+
+
+def verify_host(host: str, *, platform: str, tag: str, report: str, as_json: bool) -> None:
+    """Ask a node that runs what its suites ask, and print what does not hold."""
+    settings, store, _ = open_site()
+    subjects = [_one_of("--platform", name.strip(), SUBJECTS) for name in platform.split(",")]
+    suites = verification.Suites((verification.OWN_SUITES, *settings.image_tests)).of_names(["node", *subjects])
+    record = store.get(tag) if tag else None
+    with tempfile.TemporaryDirectory(prefix="bakehouse-suite-") as folder:
+        file = Path(report).absolute() if report else Path(folder, "suite.xml")
+        with errors.status(f"asking {host}"):
+            facts = verification.ask_host(host, suites, record, file)
+    failed = [fact for fact in facts if not fact.passed]
+    if as_json:
+        print_json([fact.model_dump(mode="json") for fact in facts])
+    else:
+        for fact in failed:
+            console.print(f"[bold red]✗[/] {escape(fact.name)}", highlight=False)
+            console.print(f"  [dim]{escape(fact.detail)}[/]", highlight=False)
+        colour = "bold red" if failed else "green"
+        held = len(facts) - len(failed)
+        console.print(f"[{colour}]{host}: {held} of {len(facts)} facts hold[/]", highlight=False)
+    if failed:
+        raise BakehouseError(f"{len(failed)} of {len(facts)} facts do not hold on {host}")
 
 
 def can_verify(record: Record) -> bool:

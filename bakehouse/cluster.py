@@ -59,7 +59,9 @@ class Cluster:
 
 
 @contextmanager
-def up(image: Path, log: Log, *, authentication: Authentication = "munge", cgroups: bool = True) -> Iterator[Cluster]:
+def up(
+    image: Path, log: Log, *, authentication: Authentication = "munge", cgroups: bool = True, mtu: int = 1500
+) -> Iterator[Cluster]:
     """Make a cluster of an image. It ends with the block, and with this process, however it ends.
 
     Args:
@@ -67,11 +69,12 @@ def up(image: Path, log: Log, *, authentication: Authentication = "munge", cgrou
         log: takes what the programs that set it up say.
         authentication: munge, or slurm for Slurm's own auth/slurm.
         cgroups: nodes limit jobs by cgroups; False for nodes that are containers.
+        mtu: of the network, bytes.
 
     Raises:
         BakehouseError: this host cannot have one, or the image has no slurmctld.
     """
-    with network.up(log) as place:
+    with network.up(log, mtu=mtu) as place:
         controller = Controller(place, authentication)
         controller.prepare(place.mount_image(image), cgroups=cgroups)
         broker = Broker(place)

@@ -31,6 +31,7 @@ DPKG_FIELDS = (
     "Maintainer",
     "Homepage",
     "db:Status-Status",
+    "Installed-Size",
 )
 
 

@@ -25,6 +25,9 @@ from bakehouse.errors import BakehouseError
 ORIGIN = "bakehouse:origin"
 """The property of a component that says which archive its version came from."""
 
+SIZE = "bakehouse:installed-size"
+"""The property of a component that says what its files take, in bytes, as the package itself says."""
+
 Kind = Literal["added", "removed", "upgraded", "downgraded", "moved"]
 
 
@@ -39,6 +42,8 @@ class Package:
     """The source package that it was built from."""
     origin: str
     """The archive that it came from, such as ``Debian-Security trixie-security/main``; empty where nobody noted it."""
+    size: int = 0
+    """Bytes that its files take, as the package says; 0 where nobody noted it."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ def _component(row: Mapping[str, str], distribution: str, release: str) -> Compo
             Property(name="bakehouse:source", value=row["source:Package"]),
             Property(name="bakehouse:source-version", value=row["source:Version"]),
             *([Property(name=ORIGIN, value=row["origin"])] if row.get("origin") else []),
+            # Debian policy, 5.6.20: in KiB.
+            *([Property(name=SIZE, value=str(int(size) << 10))] if (size := row.get("Installed-Size")) else []),
         ],
     )
 
@@ -138,7 +145,17 @@ def _package(row: Mapping[str, Any]) -> Package:
         architecture=architecture,
         source=properties.get("bakehouse:source", ""),
         origin=properties.get(ORIGIN, ""),
+        size=int(properties.get(SIZE, 0)),
     )
+
+
+def sizes(old: Mapping[str, Package], new: Mapping[str, Package]) -> dict[str, int]:
+    """Return what became larger or smaller from one image to another: bytes by source package, the largest first."""
+    grown: Counter[str] = Counter()
+    for bill, sign in ((new, 1), (old, -1)):
+        for package in bill.values():
+            grown[package.source or package.name] += sign * package.size
+    return {name: size for name, size in sorted(grown.items(), key=lambda item: (-abs(item[1]), item[0])) if size}
 
 
 def difference(old: Mapping[str, Package], new: Mapping[str, Package]) -> list[Change]:

@@ -11,11 +11,12 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from rich.console import Console
 
@@ -27,9 +28,11 @@ from bakehouse import (
     kubernetes_cluster,
     lock,
     machine,
+    network,
     run,
     timeline,
     verify_kubernetes,
+    verify_roce,
 )  # fmt: skip
 from bakehouse.cluster import Cluster
 from bakehouse.errors import BakehouseError
@@ -45,10 +48,18 @@ from bakehouse.timeline import GUEST_COMMAND, GuestFacts, Timeline
 NODE = "node-1"
 
 
+WORK = {
+    "slurm": ("srun", "sbatch", "limits"),
+    "kubernetes": ("pod", "services", "names"),
+    "roce": ("report", "rping", "ib_write_bw", "ib_send_bw"),
+}
+"""The stages of what is tried on a node, by platform."""
+
+
 def stages(platform: str) -> list[str]:
     """Return the stages of a verification, for its progress."""
-    work = ["srun", "sbatch", "limits"] if platform == "slurm" else ["pod", "services", "names"]
-    return ["cluster", "boot and join", *work, "reboot and rejoin", "suite", "power off"]
+    first = "second node" if platform == "roce" else "cluster"
+    return [first, "boot and join", *WORK[platform], "reboot and rejoin", "suite", "power off"]
 
 
 EVIDENCE = "verify"
@@ -57,7 +68,7 @@ EVIDENCE = "verify"
 CPUS, DISK = 2, 4 << 30
 """CPUs and bytes of disk of the machine that is verified with."""
 
-MEMORY = {"slurm": 1024, "kubernetes": 2048}
+MEMORY = {"slurm": 1024, "kubernetes": 2048, "roce": 1024}
 """MiB of its memory; kubeadm wants 1700 (its preflight, Mem)."""
 
 JOIN_SECONDS = 900
@@ -126,15 +137,19 @@ class Suites:
 
     folders: tuple[Path, ...]
 
+    def of_names(self, subjects: Sequence[str]) -> list[Path]:
+        """Return the files for some subjects, such as node, slurm, bare-metal."""
+        names = [name for each in dict.fromkeys(subjects) for name in _suite_names(each)]
+        return [path for folder in self.folders for name in names for path in sorted(folder.glob(name))]
+
     def of(self, record: Record) -> list[Path]:
         """Return the files for an image: those of all nodes, of its platform, and of elements with a suite.
 
         A folder's ``test_node.py`` and ``test_node_*.py`` are asked of every node, ``test_PLATFORM.py`` and
         ``test_PLATFORM_*.py`` of the platform's, ``test_roce.py`` of nodes of other platforms with RoCE as well.
         """
-        subjects = ["node", record.platform, *(name for name in SUITES_OF_ELEMENTS if record.has_element(name))]
-        names = [name for each in dict.fromkeys(subjects) for name in _suite_names(each)]
-        return [path for folder in self.folders for name in names for path in sorted(folder.glob(name))]
+        more = [name for name in SUITES_OF_ELEMENTS if record.has_element(name)]
+        return self.of_names(["node", record.platform, *more])
 
 
 def _suite_names(subject: str) -> list[str]:
@@ -150,8 +165,11 @@ class Trial(Protocol):
 
     network: Network
 
+    FIRST: tuple[str, str]
+    """What start() does: its name, its stage."""
+
     def start(self) -> None:
-        """Start the controller."""
+        """Start the controller, or what else a node meets."""
 
     def user_data(self, node: str) -> str:
         """Return what makes a node join."""
@@ -167,11 +185,19 @@ class Trial(Protocol):
 
 
 class SlurmTrial:
-    """A Slurm cluster that an image is tried in."""
+    """A Slurm cluster that an image is tried in.
 
-    def __init__(self, made: Cluster) -> None:
+    Args:
+        made: the cluster.
+        soft_roce: give its nodes an RDMA device.
+    """
+
+    FIRST = verify_kubernetes.CONTROLLER_STEP
+
+    def __init__(self, made: Cluster, *, soft_roce: bool = False) -> None:
         self.made = made
         self.network = made.network
+        self.soft_roce = soft_roce
 
     def start(self) -> None:
         """Start the controller."""
@@ -179,7 +205,8 @@ class SlurmTrial:
 
     def user_data(self, node: str) -> str:
         """Return what makes a node join."""
-        return self.made.user_data(node)
+        joining = self.made.user_data(node)
+        return verify_roce.with_soft_roce(joining) if self.soft_roce else joining
 
     def work(self, node: Machine) -> list[tuple[str, str, Callable[[], None]]]:
         """Return what is tried."""
@@ -215,9 +242,28 @@ def trial(record: Record, image: Path, settings: Settings, log: Log) -> Iterator
         programs = kubernetes.binaries(kubernetes.version_of(record), settings)
         with kubernetes_cluster.up(record, image, programs, settings.mirrors(), settings.cache, log) as made:
             yield verify_kubernetes.KubernetesTrial(made)
+    elif record.platform == "roce":
+        with (
+            tempfile.TemporaryDirectory(prefix="bakehouse-verify-") as folder,
+            network.up(log, mtu=verify_roce.MTU) as place,
+        ):
+            boot = partial(_boot_peer, record, image, settings, place, machine.make_key(Path(folder)))
+            with verify_roce.RoceTrial(place, boot) as pair:
+                yield pair
     else:
-        with cluster.up(image, log) as plain:
-            yield SlurmTrial(plain)
+        has_roce = record.has_element("roce")
+        mtu = verify_roce.MTU if has_roce else machine.DEFAULT_MTU
+        with cluster.up(image, log, mtu=mtu) as plain:
+            yield SlurmTrial(plain, soft_roce=has_roce)
+
+
+def _boot_peer(
+    record: Record, image: Path, settings: Settings, place: Network, key: Path, name: str, user_data: str
+) -> AbstractContextManager[Machine]:
+    return machine.boot(
+        image, probe=settings.cache / "kvm", firmware=cast(machine.Firmware, record.firmware[0]),
+        memory=MEMORY[record.platform], disk_size=DISK, key=key, user_data=user_data, hostname=name, network=place,
+    )  # fmt: skip
 
 
 def verify(
@@ -249,7 +295,7 @@ def verify(
     """
     image = store.image(record)
     needed(record)
-    firmware = firmware or ("bios" if "bios" in record.firmware else "uefi")
+    firmware = firmware or cast(machine.Firmware, record.firmware[0])
     wanted = (suites or Suites((OWN_SUITES,))).of(record)
     evidence = store.folder(record.tag) / EVIDENCE
     own_lock = store.root / ".locks" / f"verify-{record.tag}.lock"
@@ -325,7 +371,7 @@ def _joined(
     with tempfile.TemporaryDirectory(prefix="bakehouse-verify-") as folder, ExitStack() as stack:
         tried = stack.enter_context(trial(job.record, image, settings, log))
         stack.callback(lambda: _keep(tried.logs(), evidence))
-        with job.check("a controller runs from the image's own root", "cluster"):
+        with job.check(*tried.FIRST):
             tried.start()
         node = stack.enter_context(machine.boot(
             image, probe=settings.cache / "kvm", firmware=firmware, memory=MEMORY[job.record.platform], cpus=CPUS,
@@ -478,6 +524,48 @@ def _reboot(node: Machine) -> float:
     return reset
 
 
+def ask_host(host_name: str, suites: list[Path], record: Record | None, report: Path) -> list[Check]:
+    """Run testinfra suites against a real node, over SSH as the user's own configuration has it.
+
+    Args:
+        host_name: such as root@node; another user needs sudo without a password.
+        suites: files.
+        record: of its image, where it is known.
+        report: the file to write, in JUnit's form.
+
+    Returns:
+        A check for each fact; those that do not apply are left out.
+
+    Raises:
+        BakehouseError: the suites could not be run at all: the node does not answer, for one.
+    """
+    user = host_name.rpartition("@")[0]
+    sudo = [] if user == "root" else ["--sudo"]
+    with tempfile.TemporaryDirectory(prefix="bakehouse-suite-") as name:
+        known: list[str | Path] = []
+        if record:
+            (Path(name) / FILE_NAME).write_text(record.model_dump_json())
+            known = [f"--record={Path(name) / FILE_NAME}"]
+        done = _pytest([], suites, [f"--hosts=ssh://{host_name}", *sudo, *known], report)
+    if done.returncode not in {0, 1} or not report.is_file():
+        raise BakehouseError("the suites could not be run", log=(done.stdout + done.stderr)[-3000:])
+    return [*_cases(report)]
+
+
+def _pytest(
+    prefix: Sequence[str], suites: list[Path], options: Sequence[str | Path], report: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run suites. It ends with 0 where all passed, with 1 where some failed (pytest's documentation, exit codes)."""
+    return subprocess.run(
+        [
+            *prefix, sys.executable, "-m", "pytest", "-q", "--rootdir", OWN_SUITES, "-p", "no:cacheprovider",
+            "-W", "default", "-c", os.devnull, "-p", "bakehouse.suite", f"--confcutdir={OWN_SUITES}", *suites,
+            *options, f"--junitxml={report}",
+        ],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=SUITE_SECONDS,
+    )  # fmt: skip
+
+
 def ask(login: Login, suites: list[Path], record: Record, evidence: Path) -> list[Check]:
     """Run testinfra suites against a node.
 
@@ -499,17 +587,12 @@ def ask(login: Login, suites: list[Path], record: Record, evidence: Path) -> lis
         (folder / FILE_NAME).write_text(record.model_dump_json())
         config = folder / "ssh-config"
         config.write_text(login.config(folder))
-        done = subprocess.run(
-            [
-                *login.prefix, sys.executable, "-m", "pytest", "-q", "--rootdir", OWN_SUITES, "-p", "no:cacheprovider",
-                "-W", "default", "-c", os.devnull, "-p", "bakehouse.suite", f"--confcutdir={OWN_SUITES}", *suites,
-                f"--hosts=ssh://{login.user}@{login.host}:{login.port}", f"--ssh-config={config}", "--sudo",
-                f"--record={folder / FILE_NAME}", f"--junitxml={report}",
-            ],
-            cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=SUITE_SECONDS,
-        )  # fmt: skip
+        options = [
+            f"--hosts=ssh://{login.user}@{login.host}:{login.port}", f"--ssh-config={config}", "--sudo",
+            f"--record={folder / FILE_NAME}",
+        ]  # fmt: skip
+        done = _pytest(login.prefix, suites, options, report)
     (evidence / "suite.txt").write_text(done.stdout + done.stderr)
-    # 0: all passed, 1: some failed (pytest's documentation, exit codes).
     if done.returncode not in {0, 1} or not report.is_file():
         raise BakehouseError("the suites could not be run", log=(done.stdout + done.stderr)[-3000:])
     return [*_cases(report)]

@@ -13,6 +13,8 @@ from bakehouse.errors import BakehouseError
 from bakehouse.kubernetes_cluster import KubernetesCluster
 from bakehouse.machine import Machine
 
+CONTROLLER_STEP = "a controller runs from the image's own root", "cluster"
+
 POD = "bakehouse-verify"
 POD_SECONDS = 600
 """Emulated on a busy host; with KVM it is a few."""
@@ -40,6 +42,8 @@ answer's last address. Pods need no program for it: images of today have none.""
 
 class KubernetesTrial:
     """A Kubernetes cluster that an image is tried in."""
+
+    FIRST = CONTROLLER_STEP
 
     def __init__(self, made: KubernetesCluster) -> None:
         self.made = made

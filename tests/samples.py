@@ -24,7 +24,7 @@ def row(package: str, version: str = "1.0-1", origin: str = "Debian trixie/main"
     return {
         "binary:Package": package, "Version": version, "Architecture": "amd64", "source:Package": package,
         "source:Version": version, "Maintainer": "Somebody <somebody@example.org>", "Homepage": "",
-        "db:Status-Status": "installed", "origin": origin,
+        "db:Status-Status": "installed", "Installed-Size": "5120", "origin": origin,
     }  # fmt: skip
 
 

@@ -103,7 +103,7 @@ class World:
         (folder / FILE_NAME).write_text(made.model_dump_json())
 
     @contextlib.contextmanager
-    def up(self, image: Path, _log: object) -> Iterator[cluster.Cluster]:
+    def up(self, image: Path, _log: object, **_: object) -> Iterator[cluster.Cluster]:
         assert image.parent.name == "20260101-slurm", "the controller has the version of the node"
         made = cluster.Cluster(None, Controller(), None)  # type: ignore[arg-type]
         with self.monkeypatch.context() as patch:
@@ -252,3 +252,9 @@ def test_a_kubernetes_node_has_a_goal_of_its_own_and_none_for_kubeadms_work() ->
     found = bench_boot.rows(joining, [Boot("tcg", reached(100))], "kubernetes")
     assert (found[1].ratio, found[1].met) == (1.3, True)
     assert [(row.name, row.met) for row in found[-1:]] == [("agent and kubeadm: their work", None)]
+
+
+def test_an_image_with_the_kernel_for_all_hardware_is_compared_with_one_that_has_it(world: World) -> None:
+    world.add(record("slurm", tag="20260102-slurm", inputs={"manifest kernel": "generic"}))
+    with pytest.raises(BakehouseError, match="no image of debian-generic"):
+        world.bench()

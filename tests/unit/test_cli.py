@@ -320,7 +320,10 @@ def test_a_faulty_setting_stops_every_task(invoke: Tasks) -> None:
     ("words", "error"),
     [
         (["slurm"], "there is no image 'slurm'"),
-        (["20260101", "--firmware", "efi"], "--firmware efi: it is one of bios, uefi (did you mean 'uefi'?)"),
+        (
+            ["20260101", "--firmware", "efi"],
+            "--firmware efi: it is one of bios, uefi, secure-boot (did you mean 'uefi'?)",
+        ),
         (["20260101", "--firmware", "uefi"], "20260101-aaaaaaa does not boot under UEFI, only BIOS"),
         (["20260101", "--key", "/nothing"], "--key /nothing is not a file"),
         (["20260101"], "slurm.qcow2 is gone"),
@@ -426,7 +429,7 @@ def test_the_sites_suites_are_asked_too(invoke: Tasks, verifier: Verifier, monke
     [
         (["2027"], "there is no image '2027'"),
         ([TAG, "--firmware", "uefi"], f"{TAG} does not boot under UEFI, only BIOS"),
-        ([TAG, "--firmware", "bois"], "--firmware bois: it is one of bios, uefi (did you mean 'bios'?)"),
+        ([TAG, "--firmware", "bois"], "--firmware bois: it is one of bios, uefi, secure-boot (did you mean 'bios'?)"),
         ([TAG], "slurm.qcow2 is gone"),
     ],
 )
@@ -437,9 +440,9 @@ def test_an_image_that_cannot_be_verified_is_told(invoke: Tasks, words: list[str
 
 
 def test_a_platform_that_cannot_be_verified_is_told_and_no_failure(invoke: Tasks) -> None:
-    invoke.add(TAG, platform="roce")
+    invoke.add(TAG, platform="base")
     done = invoke.run("verify", TAG)
-    assert "images of the platform roce cannot be verified" in done.err
+    assert "images of the platform base cannot be verified" in done.err
     assert LocalStore(invoke.store).get(TAG).verification is None
 
 
@@ -499,10 +502,10 @@ def test_a_bake_of_an_image_that_fails_fails_each_time(
 
 
 def test_a_bake_of_what_cannot_be_verified_says_so_and_is_good(invoke: Tasks, baking: Callable[..., Done]) -> None:
-    invoke.add(TAG, platform="roce")
+    invoke.add(TAG, platform="base")
     done = baking("--json")
     assert (done.status, json.loads(done.out)["verification"]) == (0, None)
-    assert "not verified: images of the platform roce cannot be verified" in done.err
+    assert "not verified: images of the platform base cannot be verified" in done.err
 
 
 def test_a_bake_on_a_host_that_cannot_verify_says_that_the_image_is_there(

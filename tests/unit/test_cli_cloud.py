@@ -265,6 +265,17 @@ def test_packages_that_changed_are_a_table(shop: Shop) -> None:
     assert [change["kind"] for change in changes] == ["added", "removed"]
 
 
+def test_what_made_an_image_larger_is_told(shop: Shop) -> None:
+    add_image(shop.images, TAGS[0], size=1 << 20, packages=("munge",))
+    add_image(shop.images, TAGS[1], size=3 << 20, packages=("munge", "firmware"))
+    told = json.loads(shop.run("images.diff", TAGS[0], TAGS[1], "--by-size", "--json").out)
+    assert told["files"][TAGS[1]] - told["files"][TAGS[0]] == 2 << 20
+    assert told["grown"] == {"firmware": 5 << 20}
+    shown = shop.run("images.diff", TAGS[0], TAGS[1], "--by-size").out
+    assert "file 1 MiB -> 3 MiB, 2.52 times" in shown
+    assert [line.split() for line in shown.splitlines() if line.startswith("firmware")] == [["firmware", "+5.0"]]
+
+
 def test_signing_is_told_step_by_step(shop: Shop, tmp_path: Path) -> None:
     add_image(shop.images, TAGS[0], size=1 << 20)
     assert "has no signing key" in shop.run("sign", TAGS[0]).err

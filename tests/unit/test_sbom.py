@@ -145,3 +145,19 @@ def test_what_is_no_bill_is_told(tmp_path: Path, text: str) -> None:
         sbom.read(path)
     with pytest.raises(BakehouseError, match="cannot be read"):
         sbom.read(tmp_path / "gone")
+
+
+def test_what_a_part_takes_is_told_by_its_source(tmp_path: Path) -> None:
+    for folder, rows in (
+        ("old", [row("tool", **{"Installed-Size": "100"}), row("gone", **{"Installed-Size": "7"})]),
+        ("new", [
+            row("tool", **{"Installed-Size": "100"}), row("firmware-one", **{"Installed-Size": "2048"}),
+            row("firmware-two", **{"Installed-Size": "1024", "source:Package": "firmware-one"}), row("unknown"),
+        ]),
+    ):  # fmt: skip
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, *rows)
+    old, new = (sbom.read(tmp_path / folder / "sbom.cdx.json") for folder in ("old", "new"))
+    assert new["firmware-two"].size == 1 << 20
+    assert list(sbom.sizes(old, new).items()) == [("firmware-one", 3 << 20), ("gone", -7 << 10)]
+    assert sbom.sizes(new, new) == {}

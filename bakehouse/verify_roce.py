@@ -1,0 +1,216 @@
+"""What a RoCE image is tried for: two nodes with the kernel's soft RoCE, and data between them by RDMA."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+
+import yaml
+
+from bakehouse import userdata, waiting
+from bakehouse.errors import BakehouseError
+from bakehouse.machine import Machine
+from bakehouse.network import Network
+
+MTU = 9000
+"""Bytes; carries RDMA's largest packet, 4096 bytes of data."""
+
+DEVICE = "rxe0"
+PEER = "node-2"
+ROCE_PORT = 4791
+"""UDP port of RoCE v2 (InfiniBand Architecture Specification, annex A17)."""
+
+BOOT_SECONDS = 900
+COMMAND_SECONDS = 300
+CAPTURE_SECONDS = 30
+
+SOFT_ROCE = f"""\
+modprobe rdma_rxe
+[ -e /sys/class/infiniband/{DEVICE} ] ||
+    rdma link add {DEVICE} type rxe netdev "$(basename "$(ls -d /sys/class/net/e* | head -n 1)")"
+"""
+"""Makes a device of the kernel's soft RoCE, as one that is plugged in (rdma-link(8))."""
+
+CAPTURE = r"""
+import collections, select, socket, struct, sys
+device, port = sys.argv[1], int(sys.argv[2])
+wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+wire.bind((device, 0))
+print("ready", flush=True)
+seen = collections.Counter()
+while True:
+    ready, _, _ = select.select([wire, sys.stdin], [], [])
+    if sys.stdin in ready:
+        break
+    packet = wire.recv(65536)
+    # Ethernet, IPv4 without options, UDP (RFC 791, RFC 768).
+    if packet[12:14] == b"\x08\x00" and packet[23] == 17 and struct.unpack(">H", packet[36:38])[0] == port:
+        seen[socket.inet_ntoa(packet[26:30]), packet[15]] += 1
+print([[source, tos, count] for (source, tos), count in seen.items()])
+"""
+"""Counts packets to a UDP port by source and type of service, until its input ends."""
+
+
+def with_soft_roce(joining: str) -> str:
+    """Return user-data that gives a virtual machine an RDMA device at each boot.
+
+    Args:
+        joining: the cloud-config that makes a node join. It comes last: it says how lists are merged.
+    """
+    first = "#cloud-config\n" + yaml.safe_dump({"bootcmd": [["sh", "-ec", SOFT_ROCE]]})
+    archive = [{"type": "text/cloud-config", "content": part} for part in (first, joining)]
+    return "#cloud-config-archive\n" + yaml.safe_dump(archive)
+
+
+@contextmanager
+def captured(network: Network, device: str) -> Iterator[list[tuple[str, int, int]]]:
+    """Count the RoCE v2 packets that pass a port while the block runs.
+
+    Args:
+        network: where.
+        device: the port's device (Port.device).
+
+    Yields:
+        A list that is filled at the block's end: source address, type of service, packets.
+    """
+    found: list[tuple[str, int, int]] = []
+    command = [*network.only_network, sys.executable, "-c", CAPTURE, device, str(ROCE_PORT)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield found
+        finally:
+            said, _ = process.communicate(timeout=CAPTURE_SECONDS)
+    found.extend((str(source), int(tos), int(count)) for source, tos, count in ast.literal_eval(said or "[]"))
+
+
+class RoceTrial:
+    """Two nodes of an image on one private network.
+
+    Args:
+        network: where they are.
+        boot: boots a node of a name with user-data.
+    """
+
+    FIRST = ("a second node is switched on", "second node")
+
+    def __init__(self, network: Network, boot: Callable[[str, str], AbstractContextManager[Machine]]) -> None:
+        self.network = network
+        self._boot = boot
+        self._stack = ExitStack()
+        self._peer: Machine | None = None
+
+    def __enter__(self) -> RoceTrial:
+        """Begin."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Switch the second node off."""
+        self._stack.close()
+
+    def start(self) -> None:
+        """Switch the second node on."""
+        self._peer = self._stack.enter_context(self._boot(PEER, self.user_data(PEER)))
+
+    @property
+    def peer(self) -> Machine:
+        """The second node."""
+        assert self._peer is not None
+        return self._peer
+
+    def user_data(self, node: str) -> str:
+        """Return what makes a node set its RDMA device up."""
+        return with_soft_roce(userdata.render(userdata.RoceJoin(node=node)))
+
+    def work(self, node: Machine) -> list[tuple[str, str, Callable[[], None]]]:
+        """Return what is tried."""
+        return [
+            ("both nodes say that RoCE v2 is set up", "report", lambda: self._reports(node)),
+            ("they reach each other by RDMA", "rping", lambda: self.work_again(node)),
+            ("RDMA writes arrive, marked as wanted on the wire", "ib_write_bw", lambda: self._write(node)),
+            ("RDMA sends arrive", "ib_send_bw", lambda: self._bandwidth(node, "ib_send_bw")),
+        ]
+
+    def work_again(self, node: Machine) -> None:
+        """Let the nodes ping each other by RDMA (rping(1))."""
+        serve = "timeout 120 rping -s -a 0.0.0.0 -C 3"
+        self._pair(node, serve, f"rping -c -a {self.peer.login.host} -C 3 -v", port=7174)
+
+    def _reports(self, node: Machine) -> None:
+        for each in (node, self.peer):
+            each.wait_for_ssh(BOOT_SECONDS)
+            waiting.until(
+                f"RDMA device of {each.login.host}", partial(_has_report, each), COMMAND_SECONDS, poll=2.0,
+                last_words=partial(_state, each),
+            )  # fmt: skip
+            knobs = {knob["knob"]: knob for knob in report(each)}
+            wrong = [f"{knob['knob']}: {knob['word']}" for knob in knobs.values() if knob["state"] == "failed"]
+            wrong += [
+                f"{name} is '{knobs[name]['actual']}', not '{wanted}'"
+                for name, wanted in (("roce_mode", "RoCE v2"), ("mtu", str(MTU)), ("path_mtu", "4096"))
+                if knobs[name]["actual"] != wanted
+            ]
+            if wrong:
+                raise BakehouseError(f"RoCE is not set up on {each.login.host}: {'; '.join(wrong)}")
+
+    def _write(self, node: Machine) -> None:
+        assert node.port is not None
+        with captured(self.network, node.port.device) as seen:
+            self._bandwidth(node, "ib_write_bw -R")
+        (tos,) = {int(knob["actual"]) for knob in report(node) if knob["knob"] == "roce_tos"}
+        for host in (node.login.host, self.peer.login.host):
+            marks = {mark for source, mark, _ in seen if source == host}
+            if marks != {tos}:
+                raise BakehouseError(f"packets of {host} carry the type of service {sorted(marks)}, not {tos}")
+
+    def _bandwidth(self, node: Machine, program: str) -> None:
+        """Run a program of perftest between the nodes: few and small messages, since they may be emulated."""
+        options = f"{program} -d {DEVICE} -s 65536 -n 5 -m 4096"
+        said = self._pair(node, f"timeout 120 {options}", f"{options} {self.peer.login.host}", port=18515)
+        if "65536" not in said:
+            raise BakehouseError(f"{program} says nothing of its messages", log=said)
+
+    def _pair(self, node: Machine, serve: str, ask: str, *, port: int) -> str:
+        """Run a server on the second node and a client on the first. Return what the client said."""
+        self.peer.ssh(f"nohup {serve} > /tmp/server 2>&1 < /dev/null &")
+        listening = f"ss --listening --numeric --tcp | grep -q :{port} || rdma resource show cm_id | grep -q 'LISTEN'"
+        waiting.until(
+            "server on the second node", lambda: self.peer.ssh(listening).returncode == 0, COMMAND_SECONDS, poll=1.0,
+            last_words=lambda: self.peer.ssh("cat /tmp/server").stdout,
+        )  # fmt: skip
+        done = node.ssh(ask, timeout=COMMAND_SECONDS)
+        if done.returncode != 0:
+            theirs = self.peer.ssh("cat /tmp/server").stdout
+            program = ask.partition(" ")[0]
+            raise BakehouseError(
+                f"{program} ended with status {done.returncode}", log=done.stdout + done.stderr + theirs
+            )
+        return done.stdout
+
+    def logs(self) -> dict[str, str]:
+        """Return what the second node said."""
+        return {"node-2.log": self.peer.output()} if self._peer else {}
+
+
+def _has_report(node: Machine) -> bool:
+    return bool(report(node))
+
+
+def _state(node: Machine) -> str:
+    return node.ssh("rdma link; bakehouse-agent status").stdout
+
+
+def report(node: Machine) -> list[dict[str, str]]:
+    """Return what is set of the soft RoCE device, knob by knob; nothing where it is not there yet."""
+    said = node.ssh("sudo bakehouse-roce report --json", timeout=COMMAND_SECONDS).stdout
+    try:
+        devices = json.loads(said)["devices"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    return [knob for device in devices if device["device"] == DEVICE for knob in device["knobs"]]
