@@ -1592,6 +1592,7 @@ def taint_of(text: str) -> dict[str, str]:
 # --- RoCE ------------------------------------------------------------------------------------------------------------
 
 INFINIBAND = ROOT + "/sys/class/infiniband"
+ROCE_CONFIG = ROOT + "/etc/bakehouse/roce.yaml"
 ROCE_RESULTS = RUN + "/roce"  # of bakehouse-roce: a file for each device
 ROCE_STATES = ("applied", "already right", "not supported", "failed")
 
@@ -1622,6 +1623,8 @@ class Roce:
             result = results.get(name)
             if not result:
                 raise self.wait(f"{name} to be set up", f"systemctl status bakehouse-roce@{name}")
+            if result.get("config", "") != signature(ROCE_CONFIG):
+                raise self.wait(f"{name} to be set up as roce.yaml says now", "systemctl status bakehouse-roce.path")
             if result.get("faults"):
                 raise Wait(f"roce.yaml: {'; '.join(result['faults'])}", "correct it; it is applied when it changes")
             for knob in result.get("knobs", []):

@@ -1238,7 +1238,7 @@ def apply(names: list[str]) -> int:
             print("bakehouse-roce: there is no RDMA device", flush=True)
         while True:
             before = signature()
-            failed = apply_to(found)
+            failed = apply_to(found, before)
             if signature() == before:
                 return FAILED_KNOBS if failed else status
 
@@ -1252,19 +1252,23 @@ def signature() -> str:
     return f"{about.st_ino}-{about.st_mtime_ns}-{about.st_size}"
 
 
-def apply_to(found: list[Device]) -> bool:
-    """Bring devices to what the configuration says now; True if a knob failed."""
+def apply_to(found: list[Device], config: str) -> bool:
+    """Bring devices to what the configuration says now; True if a knob failed.
+
+    ``config`` is its signature, which goes into the results: the agent sees by it whether they are of today's file.
+    """
     try:
         settings = load()
     except ConfigWrong as error:
         for device in found:
-            save({**device.about(), "left_alone": "", "notes": [], "faults": error.faults, "knobs": []})
+            wrong = {"left_alone": "", "notes": [], "faults": error.faults, "knobs": []}
+            save({**device.about(), **wrong, "config": config})
         raise
     failures: list[str] = []
     for device in found:
         result = settle(settings, device, change=True)
         if os.path.isdir(device.path):  # it may have gone meanwhile
-            save(result)
+            save({**result, "config": config})
         lines = [failure(knob) for knob in result["knobs"] if knob["state"] == FAILED]
         for line in [counts(result), *lines]:
             print(f"bakehouse-roce: {device.name}: {line}", flush=True)

@@ -193,3 +193,13 @@ def test_nothing_but_the_platform_is_required(agent: ModuleType) -> None:
     config, faults = agent.parse(b"platform: roce\n")
     assert (faults, config.devices) == ([], 1)
     assert agent.parse(b"platform: roce\nroce: {devices: 4}\n")[0].devices == 4
+
+
+def test_results_of_another_configuration_do_not_count(node: Node, kernel: Kernel) -> None:
+    kernel.add_soft("rxe0", "eth0")
+    set_up(kernel)
+    kernel.configure("dscp: 24\n")
+    node.start()
+    node.until_waiting_for("rxe0 to be set up as roce.yaml says now")
+    set_up(kernel)
+    node.until_joined()
