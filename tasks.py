@@ -10,7 +10,7 @@ from typing import Any
 
 from invoke import Collection, Context, Exit, task
 
-from bakehouse import cli, cli_cloud, cli_images, cli_nodes, cli_openstack, terminal
+from bakehouse import cli, cli_cloud, cli_images, cli_nodes, cli_openstack, cli_roce, terminal
 from bakehouse import userdata as users_data
 from bakehouse.errors import BakehouseError
 
@@ -460,6 +460,8 @@ def _userdata(
     ca: str = "",
     token_file: str = "",
     ssh_key: list[str] = [],  # noqa: B006
+    roce: str = "",
+    devices: int = 1,
     output: str = "",
 ) -> None:
     r"""Print cloud-init user-data that brings a node into its cluster. Secrets come from files, never from flags.
@@ -472,12 +474,17 @@ def _userdata(
       kubeadm token create --ttl 30m > token
       invoke userdata --platform kubernetes --api-server api.example.org:6443 --ca-hash sha256:0123... \
           --key-file token --label zone=a --taint gpu=yes:NoSchedule --output nodes.yaml
+      invoke userdata --platform roce --devices 2 --roce roce.yaml --output nodes.yaml
     """
     shared = cli_nodes.Shared(
         path=path, node=node, key_file=key_file, broker=broker, ca=ca, token_file=token_file, ssh_keys=ssh_key
     )
-    join: users_data.Join | users_data.KubernetesJoin
-    if platform == "kubernetes":
+    join: users_data.Join | users_data.KubernetesJoin | users_data.RoceJoin
+    if platform == "roce":
+        join = cli_nodes.roce_join(shared, devices=devices, roce=roce)
+    elif platform == "kubernetes":
+        if roce:
+            raise BakehouseError("--roce is not for Kubernetes nodes yet", hint="--platform slurm or roce")
         join = cli_nodes.kubernetes_join(
             shared,
             api_server=api_server,
@@ -496,8 +503,19 @@ def _userdata(
             authentication=authentication,
             features=feature,
             hardware=hardware,
+            roce=roce,
         )
     cli_nodes.render_userdata(join, output)
+
+
+def _roce_report(_context: Context, host: str = "", json: bool = False) -> None:
+    """Compare a node's RDMA devices with what is wanted, knob by knob, now. Fails where something is not as wanted.
+
+    Examples:
+      invoke roce.report --host root@node-1
+      invoke roce.report                             (this host)
+    """
+    cli_roce.report(host, as_json=json)
 
 
 def _join_token(_context: Context, platform: str, node: str, lifetime: str = "1h") -> None:
@@ -721,7 +739,7 @@ userdata = command(
     name="userdata",
     iterable=["controller", "feature", "ssh_key", "ca_hash", "label", "taint"],
     help={
-        "platform": "the platform: slurm or kubernetes",
+        "platform": "the platform: slurm, kubernetes or roce",
         "path": "how the node comes to be: bake",
         "node": "the node's name; by default the one that its cloud gives it",
         "controller": "HOST or HOST:PORT of slurmctld; may be repeated",
@@ -740,6 +758,8 @@ userdata = command(
         "ca": "file with the certificate of the broker's authority",
         "token-file": "file with the token, or - for standard input",
         "ssh-key": "file with public keys that may log in; may be repeated",
+        "roce": "file with settings for RDMA devices (roce.yaml), for the platforms roce and slurm",
+        "devices": "with the platform roce: RDMA devices that must be there, set up and connected",
         "output": "write to this file, readable by you only",
     },
 )
@@ -820,6 +840,14 @@ join.add_task(
 join.add_task(command(_join_tokens, name="tokens", help=JSON))
 join.add_task(
     command(_join_revoke, name="revoke", positional=["which"], help={"which": "a node's name, or a token's id"})
+)
+roce = Collection("roce")
+roce.add_task(
+    command(
+        _roce_report,
+        name="report",
+        help=JSON | {"host": "the node, as ssh takes it, such as root@node-1; this host by default"},
+    )
 )
 cluster = Collection("cluster")
 CLUSTER = {"platform": "the platform: slurm or kubernetes"}
@@ -935,5 +963,5 @@ openstack.add_task(command(_openstack_status, name="status", help=JSON), default
 
 namespace = Collection(
     bake, plan, doctor, settings, test, boot, verify, userdata, manifests, images, cache, bench, join, cluster,
-    publish, promote, rollback, channels, prune, resolve, pin, sign, openstack,
+    publish, promote, rollback, channels, prune, resolve, pin, sign, openstack, roce,
 )  # fmt: skip

@@ -244,10 +244,17 @@ class Shared:
 
 
 def slurm_join(
-    shared: Shared, *, platform: str, controllers: list[str], authentication: str, features: list[str], hardware: str
+    shared: Shared,
+    *,
+    platform: str,
+    controllers: list[str],
+    authentication: str,
+    features: list[str],
+    hardware: str,
+    roce: str,
 ) -> userdata.Join:
     """Return how a Slurm node joins, as it was given."""
-    _one_of("--platform", platform, PLATFORMS)
+    _one_of("--platform", platform, (*PLATFORMS, "roce"))
     return userdata.Join(
         tuple(controllers),
         path=shared.path,
@@ -257,6 +264,23 @@ def slurm_join(
         hardware=userdata.read_hardware(hardware),
         key=_bytes_of("--key-file", shared.key_file) if shared.key_file else None,
         broker=shared.from_broker(),
+        ssh_keys=shared.public_keys(),
+        roce=_text_of("--roce", roce) if roce else "",
+    )
+
+
+def roce_join(shared: Shared, *, devices: int, roce: str) -> userdata.RoceJoin:
+    """Return what a node with RDMA devices is to be, as it was given."""
+    if shared.key_file or shared.broker or shared.token_file:
+        raise BakehouseError(
+            "a node of the platform roce joins nothing that has a secret",
+            hint="leave out --key-file, --broker and --token-file; or --platform slurm with --roce FILE",
+        )
+    return userdata.RoceJoin(
+        devices=devices,
+        path=shared.path,
+        node=shared.node,
+        roce=_text_of("--roce", roce) if roce else "",
         ssh_keys=shared.public_keys(),
     )
 
@@ -291,7 +315,7 @@ def kubernetes_join(
     )
 
 
-def render_userdata(join: userdata.Join | userdata.KubernetesJoin, output: str) -> None:
+def render_userdata(join: userdata.Join | userdata.KubernetesJoin | userdata.RoceJoin, output: str) -> None:
     """Print user-data, or write it to a file that only its owner can read."""
     text = userdata.render(join)
     if not output:

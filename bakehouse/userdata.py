@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import jinja2
 
-from bakehouse import REPOSITORY
+from bakehouse import REPOSITORY, roce
 from bakehouse.errors import BakehouseError
 
 TEMPLATES = REPOSITORY / "bootstrap" / "cloud-init"
@@ -46,6 +46,7 @@ LABEL_VALUE = r"(?:[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?"
 EFFECTS = "NoSchedule|PreferNoSchedule|NoExecute"
 MOST_CONTROLLERS = 8
 MOST_FEATURES = 64
+MOST_DEVICES = 64
 HIGHEST_NUMBER = 2**31
 TOKEN = r"bhj_[A-Za-z0-9_-]{43}"  # noqa: S105 -- its form
 """The broker's tokens: 256 bits after a prefix that secret scanners can look for."""
@@ -98,6 +99,8 @@ class Join:
     broker: Broker | None = None
     ssh_keys: tuple[str, ...] = ()
     """Public keys that may log in as the image's default user."""
+    roce: str = ""
+    """The text of roce.yaml, for a node with RDMA devices."""
 
     @property
     def platform(self) -> str:
@@ -106,6 +109,7 @@ class Join:
 
     def __post_init__(self) -> None:
         _check_path(self.path)
+        roce.check(self.roce)
         if self.authentication not in KEY_NAMES:
             raise BakehouseError(f"{self.authentication!r} is no way to authenticate", hint="munge or slurm")
         _check_node(self.node)
@@ -220,7 +224,45 @@ class KubernetesJoin:
         return f"the node {self.node} only" if self.node else "any node; each takes its name from the cloud"
 
 
-def render(join: Join | KubernetesJoin) -> str:
+@dataclass(frozen=True)
+class RoceJoin:
+    """A node with RDMA devices that is a member of no scheduler.
+
+    Raises:
+        BakehouseError: a value is not of its form.
+    """
+
+    devices: int = 1
+    """RDMA devices that must be there, set up and connected."""
+    path: str = "bake"
+    node: str = ""
+    """The node's name. Without one it takes the instance's."""
+    roce: str = ""
+    """The text of roce.yaml; without one the defaults hold."""
+    ssh_keys: tuple[str, ...] = ()
+    """Public keys that may log in as the image's default user."""
+
+    @property
+    def platform(self) -> str:
+        """What the node becomes."""
+        return "roce"
+
+    def __post_init__(self) -> None:
+        _check_path(self.path)
+        _check_node(self.node)
+        if not 1 <= self.devices <= MOST_DEVICES:
+            raise BakehouseError(f"a node cannot have {self.devices} RDMA devices", hint=f"1 to {MOST_DEVICES}")
+        roce.check(self.roce)
+        for key in self.ssh_keys:
+            _check_ssh_key(key)
+
+    @property
+    def audience(self) -> str:
+        """Who this is for."""
+        return f"the node {self.node} only" if self.node else "any node; each takes its name from the cloud"
+
+
+def render(join: Join | KubernetesJoin | RoceJoin) -> str:
     """Return the cloud-config that makes a node join.
 
     Raises:

@@ -12,7 +12,7 @@ docs/join-agent.md has the configuration, the states and what to do in each trou
 
 # pathlib and contextlib cost more to import than all that they would do here:
 # ruff: noqa: PTH101, PTH102, PTH103, PTH108, PTH110, PTH112, PTH114, PTH113, PTH116, PTH118, PTH120, PTH123
-# ruff: noqa: PTH104, SIM105, T201
+# ruff: noqa: PTH104, PTH208, SIM105, T201
 
 from __future__ import annotations
 
@@ -311,7 +311,8 @@ KUBERNETES_SCHEMA: dict[str, Any] = {
     },
     "secret": {"inline": (BOOTSTRAP_TOKEN, "a bootstrap token of kubeadm token create"), "broker": BROKER},
 }
-SCHEMAS = {"slurm": SLURM_SCHEMA, "kubernetes": KUBERNETES_SCHEMA}
+ROCE_SCHEMA: dict[str, Any] = {"roce": {"devices": COUNT}}
+SCHEMAS = {"slurm": SLURM_SCHEMA, "kubernetes": KUBERNETES_SCHEMA, "roce": ROCE_SCHEMA}
 FOR_ALL: dict[str, Any] = {
     "platform": ("|".join(SCHEMAS), f"a platform that this agent knows: {', '.join(SCHEMAS)}"),
     "node": {"name": (rf"{LABEL}(?:\..*)?", "a host name: letters, digits and -, at most 63")},
@@ -336,6 +337,9 @@ class Config:
         self.token, self.ca = broker.get("token") or "", broker.get("ca")
         self.inline, self.bootstrap_token = b"", ""
         self.controllers: list[Any] = []
+        if self.platform == "roce":
+            self.devices = int((document.get("roce") or {}).get("devices") or 1)
+            return
         if self.platform == "kubernetes":
             self.kubernetes: dict[str, Any] = document["kubernetes"]
             self.controllers = [endpoint(self.kubernetes["api_server"], API_PORT)]
@@ -1585,9 +1589,139 @@ def taint_of(text: str) -> dict[str, str]:
     return {"key": key, "effect": effect, **({"value": value} if value else {})}
 
 
-def platform_of(config: Config, node: str) -> Slurm | Kubernetes:
+# --- RoCE ------------------------------------------------------------------------------------------------------------
+
+INFINIBAND = ROOT + "/sys/class/infiniband"
+ROCE_CONFIG = ROOT + "/etc/bakehouse/roce.yaml"
+ROCE_RESULTS = RUN + "/roce"  # of bakehouse-roce: a file for each device
+ROCE_STATES = ("applied", "already right", "not supported", "failed")
+
+
+class Roce:
+    """A node with RDMA devices that are set up; it is a member of nothing else."""
+
+    WORK, BY_HAND = "jobs", "nothing for {}"
+
+    def __init__(self, config: Config, node: str) -> None:
+        self.config, self.node = config, node
+
+    def devices(self) -> list[str]:
+        """Return the RDMA devices that are to be used, once there are as many as are wanted."""
+        results = roce_results()
+        found = [name for name in rdma_devices() if not (results.get(name) or {}).get("left_alone")]
+        hint = "bakehouse-roce nics; dmesg; is the NIC's RDMA driver there? (lsmod, rdma link)"
+        if not found:
+            raise self.wait("no RDMA device has appeared yet", hint)
+        if len(found) < self.config.devices:
+            raise self.wait(f"{len(found)} of {self.config.devices} RDMA devices are there: {' '.join(found)}", hint)
+        return found
+
+    def must_be_set_up(self, devices: list[str]) -> None:
+        """Return when all devices are set up, and none of their knobs failed."""
+        results = roce_results()
+        for name in devices:
+            result = results.get(name)
+            if not result:
+                raise self.wait(f"{name} to be set up", f"systemctl status bakehouse-roce@{name}")
+            if result.get("config", "") != signature(ROCE_CONFIG):
+                raise self.wait(f"{name} to be set up as roce.yaml says now", "systemctl status bakehouse-roce.path")
+            if result.get("faults"):
+                raise Wait(f"roce.yaml: {'; '.join(result['faults'])}", "correct it; it is applied when it changes")
+            for knob in result.get("knobs", []):
+                if knob["state"] == "failed":
+                    hint = knob["hint"] or "bakehouse-roce report"
+                    raise Wait(f"{name} is not as wanted: {knob_text(knob)}", f"{hint}; then bakehouse-roce apply")
+
+    def must_be_active(self, devices: list[str]) -> None:
+        """Return when as many devices as are wanted have a port that is up."""
+        states = {name: port_states(name) for name in devices}
+        down = [f"{name} ({', '.join(states[name]) or 'no port'})" for name in devices if "ACTIVE" not in states[name]]
+        if len(devices) - len(down) < self.config.devices:
+            hint = "ip link: is the interface up, the cable in, the switch's port on?"
+            raise self.wait(f"a port to become active: {' '.join(down)}", hint)
+
+    def wait(self, what: str, hint: str) -> Wait:
+        """Return a wait that looks often while the machine boots: it is there within seconds, most of the time."""
+        found = Wait(what, hint)
+        found.pace = 0.5 if monotonic() < CLOUD_INIT_LIMIT else 0.0
+        return found
+
+    def drain(self, *_: object) -> bool:
+        """Nobody gives this node work."""
+        return True
+
+    def forget(self) -> None:
+        """Nobody knows this node."""
+
+    def stop(self) -> None:
+        """Nothing runs for a cluster; the devices stay as they are."""
+
+
+def rdma_devices() -> list[str]:
+    """Return the names of the RDMA devices that are there."""
+    return sorted(os.listdir(INFINIBAND)) if os.path.isdir(INFINIBAND) else []
+
+
+def port_states(device: str) -> list[str]:
+    """Return the states of a device's ports (Documentation/ABI/stable/sysfs-class-infiniband)."""
+    ports = f"{INFINIBAND}/{device}/ports"
+    names = sorted(os.listdir(ports)) if os.path.isdir(ports) else []
+    return [read(f"{ports}/{name}/state").decode().partition(":")[2].strip() for name in names]
+
+
+def roce_results() -> dict[str, dict[str, Any]]:
+    """Return what bakehouse-roce has noted of the devices that are there."""
+    if not os.path.isdir(ROCE_RESULTS):
+        return {}
+    found = {name: mapping(read(f"{ROCE_RESULTS}/{name}.json")) for name in rdma_devices()}
+    return {name: result for name, result in found.items() if result}
+
+
+def knob_text(knob: dict[str, str]) -> str:
+    """Say what is wrong with a knob."""
+    return (
+        f"{knob['knob']} of {knob['where']}: wanted {knob['wanted']}, is {knob['actual'] or 'unknown'}: {knob['word']}"
+    )
+
+
+def roce_summary() -> dict[str, Any]:
+    """Return in short how the set-up of each RDMA device ended."""
+    summary = {}
+    for name, result in roce_results().items():
+        knobs = result.get("knobs", [])
+        summary[name] = {
+            "counts": {state: sum(knob["state"] == state for knob in knobs) for state in ROCE_STATES},
+            "failed": [knob_text(knob) for knob in knobs if knob["state"] == "failed"],
+            "not supported": sorted({knob["knob"] for knob in knobs if knob["state"] == "not supported"}),
+            "faults": result.get("faults", []), "left alone": result.get("left_alone", ""),
+        }  # fmt: skip
+    return summary
+
+
+def roce_line(about: dict[str, Any]) -> str:
+    """Say in a line how the set-up of an RDMA device ended."""
+    if about["left alone"]:
+        return f"left alone: {about['left alone']}"
+    parts = [f"{count} {state}" for state, count in about["counts"].items() if count]
+    if about["not supported"]:
+        parts.append(f"the device lacks {', '.join(about['not supported'])}")
+    return ", ".join(parts) or "nothing is set up"
+
+
+def with_roce(status: dict[str, Any]) -> dict[str, Any]:
+    """Add to a status what the RDMA devices are at, where there are any: now, not when it was written."""
+    summary = roce_summary()
+    if not summary:
+        return status
+    wrong = [f"{name}: {text}" for name, about in summary.items() for text in about["failed"]]
+    wrong += [f"{name}: roce.yaml: {text}" for name, about in summary.items() for text in about["faults"]]
+    return {**status, "warnings": [*status.get("warnings", []), *wrong], "roce": summary}
+
+
+def platform_of(config: Config, node: str) -> Slurm | Kubernetes | Roce:
     """Return what makes this node a member."""
-    return Kubernetes(config, node) if config.platform == "kubernetes" else Slurm(config, node)
+    kinds: dict[str, type[Slurm | Kubernetes | Roce]] = {"kubernetes": Kubernetes, "roce": Roce}
+    return kinds.get(config.platform, Slurm)(config, node)
 
 
 # --- Join ------------------------------------------------------------------------------------------------------------
@@ -1599,7 +1733,7 @@ class Join:
     def __init__(self, status: Status) -> None:
         self.status, self.data = status, status.data
         self.config: Config | None = None
-        self.member: Slurm | Kubernetes | None = None
+        self.member: Slurm | Kubernetes | Roce | None = None
         self.loaded = ""  # the signature of the join.yaml that was read
         self.joined = False
         self.blocked = False  # users from the metadata service, in this run
@@ -1617,6 +1751,9 @@ class Join:
             self.status.moment("configured", f"{self.config.platform} {CONFIG}", again=True)
         if self.member is None:
             self.member = self.prepare(self.config)
+        if isinstance(self.member, Roce):
+            self.start_roce(self.member)
+            return
         if isinstance(self.member, Slurm) and not os.path.exists(self.config.key_file):
             self.member = None
             raise Wait("the key has gone")
@@ -1633,7 +1770,7 @@ class Join:
             self.data["controller"] = ""  # begin there again
             raise
 
-    def prepare(self, config: Config) -> Slurm | Kubernetes:
+    def prepare(self, config: Config) -> Slurm | Kubernetes | Roce:
         """Find the name and the key."""
         self.data["node"] = node_name(config)
         if config.platform != "slurm":
@@ -1677,11 +1814,20 @@ class Join:
         self.status.moment("registered", self.data["node"])
         kubernetes.check_ready(shown)
 
+    def start_roce(self, roce: Roce) -> None:
+        """Wait until the RDMA devices are there, set up, and connected."""
+        found = roce.devices()
+        self.status.moment("devices", " ".join(found))
+        roce.must_be_set_up(found)
+        self.status.moment("services", "bakehouse-roce")
+        roce.must_be_active(found)
+
     def arrive(self) -> None:
         """The node is a member: say so, once, and remove the copies of the secret behind us."""
         first, self.joined = not self.joined, True
         if first:
-            self.status.moment("joined", f"{self.data['node']} at {self.data['controller']}", again=True)
+            where = f" at {self.data['controller']}" if self.data["controller"] else ""
+            self.status.moment("joined", f"{self.data['node']}{where}", again=True)
         self.status.enter("joined")
         notify("READY=1")
         if first and self.config and source():
@@ -1934,6 +2080,7 @@ def show_status(as_json: bool, wait: float) -> int:
     deadline = monotonic() + wait
     while (status := read_status())["state"] != "joined" and monotonic() < deadline:
         time.sleep(0.2)
+    status = with_roce(status)
     if as_json:
         print(json.dumps(status, indent=2))
     elif status["state"] == "never ran":
@@ -1952,6 +2099,7 @@ def status_lines(status: dict[str, Any]) -> Iterator[str]:
         rows += [("waiting for", status["waiting_for"]), ("next try", f"{soon}, tried so far: {status['attempt']}")]
     rows.append(("hint", status["hint"]))
     rows += [("fault", fault) for fault in status["faults"]] + [("warning", text) for text in status["warnings"]]
+    rows += [(f"RoCE {name}", roce_line(about)) for name, about in status.get("roce", {}).items()]
     yield f"{status['state']} for {now - status['since']:.0f} s"
     yield from (f"  {name:11}  {text}" for name, text in rows if text)
     yield "  since the kernel started:"

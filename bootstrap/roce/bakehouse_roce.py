@@ -1196,15 +1196,23 @@ def save_hints(about: dict[str, Any]) -> None:
     replace(path_of(about["device"], "env"), "\n".join(["# Hints for jobs, by bakehouse-roce.", *lines, ""]))
 
 
-def locked() -> None:
-    """Wait until no other run changes something; holds until this process ends."""
-    import fcntl
+class Locked:
+    """No other run changes something meanwhile."""
 
-    for path in (os.path.dirname(RESULTS), RESULTS):
-        if not os.path.isdir(path):
-            os.makedirs(path, exist_ok=True)
-            os.chmod(path, 0o755)  # noqa: S103, PTH101 (results are for everybody)
-    fcntl.flock(os.open(f"{RESULTS}/.lock", os.O_RDWR | os.O_CREAT, 0o600), fcntl.LOCK_EX)
+    def __enter__(self) -> None:
+        """Wait for the lock."""
+        import fcntl
+
+        for path in (os.path.dirname(RESULTS), RESULTS):
+            if not os.path.isdir(path):
+                os.makedirs(path, exist_ok=True)
+                os.chmod(path, 0o755)  # noqa: S103, PTH101 (results are for everybody)
+        self.file = os.open(f"{RESULTS}/.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        """Give the lock back."""
+        os.close(self.file)
 
 
 def chosen(names: list[str]) -> tuple[list[Device], int]:
@@ -1223,16 +1231,16 @@ def chosen(names: list[str]) -> tuple[list[Device], int]:
 
 def apply(names: list[str]) -> int:
     """Bring devices to what is wanted and note how that ended. Returns the exit status."""
-    locked()
-    forget_the_gone()
-    found, status = chosen(names)
-    if not found and not names:
-        print("bakehouse-roce: there is no RDMA device", flush=True)
-    while True:
-        before = signature()
-        failed = apply_to(found)
-        if signature() == before:
-            return FAILED_KNOBS if failed else status
+    with Locked():
+        forget_the_gone()
+        found, status = chosen(names)
+        if not found and not names:
+            print("bakehouse-roce: there is no RDMA device", flush=True)
+        while True:
+            before = signature()
+            failed = apply_to(found, before)
+            if signature() == before:
+                return FAILED_KNOBS if failed else status
 
 
 def signature() -> str:
@@ -1244,19 +1252,23 @@ def signature() -> str:
     return f"{about.st_ino}-{about.st_mtime_ns}-{about.st_size}"
 
 
-def apply_to(found: list[Device]) -> bool:
-    """Bring devices to what the configuration says now; True if a knob failed."""
+def apply_to(found: list[Device], config: str) -> bool:
+    """Bring devices to what the configuration says now; True if a knob failed.
+
+    ``config`` is its signature, which goes into the results: the agent sees by it whether they are of today's file.
+    """
     try:
         settings = load()
     except ConfigWrong as error:
         for device in found:
-            save({**device.about(), "left_alone": "", "notes": [], "faults": error.faults, "knobs": []})
+            wrong = {"left_alone": "", "notes": [], "faults": error.faults, "knobs": []}
+            save({**device.about(), **wrong, "config": config})
         raise
     failures: list[str] = []
     for device in found:
         result = settle(settings, device, change=True)
         if os.path.isdir(device.path):  # it may have gone meanwhile
-            save(result)
+            save({**result, "config": config})
         lines = [failure(knob) for knob in result["knobs"] if knob["state"] == FAILED]
         for line in [counts(result), *lines]:
             print(f"bakehouse-roce: {device.name}: {line}", flush=True)
@@ -1281,11 +1293,11 @@ def failure(knob: dict[str, str]) -> str:
 
 def hints(names: list[str]) -> int:
     """Write the hints for jobs anew: addresses come after the device, and the GID index with them."""
-    locked()
-    found, status = chosen(names)
-    for device in found:
-        if old := saved(device.name):
-            save_hints({**old, **device.about()})
+    with Locked():
+        found, status = chosen(names)
+        for device in found:
+            if old := saved(device.name):
+                save_hints({**old, **device.about()})
     return status
 
 
