@@ -724,7 +724,10 @@ def mtu_knobs(settings: Settings, device: Device, port: Port, interface: str) ->
 def mtu_knob(interface: str, mtu: int) -> Knob:
     """Return the MTU of an interface."""
     path = f"{NET}/{interface}/mtu"
-    return Knob("mtu", interface, str(mtu), lambda: peek_at(path), lambda: set_mtu(path, mtu))
+    hint = (
+        "bakehouse-roce apply; if it comes back, the network's configuration sets it (networkctl cat): change it there"
+    )
+    return Knob("mtu", interface, str(mtu), lambda: peek_at(path), lambda: set_mtu(path, mtu), hint=hint)
 
 
 def set_mtu(path: str, mtu: int) -> None:
