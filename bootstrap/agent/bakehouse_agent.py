@@ -1631,6 +1631,15 @@ class Roce:
                 if knob["state"] == "failed":
                     hint = knob["hint"] or "bakehouse-roce report"
                     raise Wait(f"{name} is not as wanted: {knob_text(knob)}", f"{hint}; then bakehouse-roce apply")
+                if knob["knob"] == "mtu":
+                    self.must_have_mtu(name, knob)
+
+    def must_have_mtu(self, device: str, knob: dict[str, str]) -> None:
+        """Return if an interface still has its MTU: what configures the network sets it too, and later."""
+        now = read(f"{ROOT}/sys/class/net/{knob['where']}/mtu").decode().strip()
+        if now not in {knob["actual"], ""}:
+            hint = f"give it that MTU there too (networkctl cat {knob['where']}; the network's mtu in OpenStack)"
+            raise Wait(f"{device}: the network's configuration set the MTU of {knob['where']} back to {now}", hint)
 
     def must_be_active(self, devices: list[str]) -> None:
         """Return when as many devices as are wanted have a port that is up."""

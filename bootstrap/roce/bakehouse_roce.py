@@ -247,25 +247,33 @@ MODES = ("RoCE v2", "IB/RoCE v1")  # Documentation/ABI/testing/configfs-rdma_cm
 class Settings:
     """What roce.yaml says, and for the rest the defaults. Each has its source beside it."""
 
-    dscp = 26  # NVIDIA, "RoCE v2 Considerations"; the default of RoCE on Cumulus Linux and Onyx switches too (AF31)
-    priority = 3  # the same; IEEE 802.1Q has 0 to 7
-    ecn = True  # RFC 3168; RoCE v2's congestion control (DCQCN) lives by it
-    mode = "RoCE v2"  # Documentation/ABI/testing/configfs-rdma_cm; v1 cannot be routed and has no DSCP
-    mtu = 9000  # bytes: room for a path MTU of 4096 (include/rdma/ib_addr.h), and what switches call jumbo frames
-    pfc = True  # IEEE 802.1Qbb, in IEEE 802.1Q since 2014
-    pause_off = (
-        True  # IEEE 802.1Q, 36.1: PFC and 802.3 PAUSE are not for the same link; drivers refuse both or mix them
-    )
-    trust = "dscp"  # man dcb-apptrust; RoCE v2 frames have no VLAN tag unless somebody makes a VLAN
-    ets: dict[str, int] | None = {"share": 50, "traffic_class": 1}  # noqa: RUF012 (never changed)
+    # AF31 (RFC 2597), one of 24 to 31, which NICs and switches map to priority 3 where nobody says otherwise.
+    dscp = 26
+    # Cumulus Linux, "Default RoCE Configuration"; NVIDIA Onyx, "RoCE Commands". IEEE 802.1Q has 0 to 7.
+    priority = 3
+    # RFC 3168; RoCE v2's congestion control (DCQCN) lives by it.
+    ecn = True
+    # Documentation/ABI/testing/configfs-rdma_cm; v1 has no IP header: no DSCP, no routers.
+    mode = "RoCE v2"
+    # Bytes: room for a path MTU of 4096 (include/rdma/ib_addr.h), and what is called a jumbo frame.
+    mtu = 9000
+    # Priority-based flow control: IEEE 802.1Qbb, now IEEE 802.1Q, clause 36.
+    pfc = True
+    # The same: PFC is in place of 802.3's PAUSE, which stops all priorities.
+    pause_off = True
+    # man dcb-apptrust; frames have a VLAN tag with a priority only where somebody has made a VLAN.
+    trust = "dscp"
     # IEEE 802.1Q, ETS (802.1Qaz). 50/50 is the default of RoCE on Cumulus Linux ("Default RoCE Configuration").
-    # Class 1: drivers want classes without gaps (ice: "TC's must be contiguous"), and some have no more than two.
-    buffers: dict[str, dict[int, int]] | None = (
-        None  # man dcb-buffer; drivers size headroom by cable and MTU themselves
-    )
-    dcbx = "host"  # man dcb-dcbx: what is set here stays, and is not what a switch offers
-    governor = "performance"  # Documentation/admin-guide/pm/cpufreq.rst
-    memlock = True  # ibv_reg_mr(3): registered memory is locked memory; limits.conf(5), systemd-system.conf(5)
+    # Class 1: some drivers want classes without gaps (Intel's ice), and some NICs have no more than two.
+    ets: dict[str, int] | None = {"share": 50, "traffic_class": 1}  # noqa: RUF012 (never changed)
+    # man dcb-buffer; drivers size the room for what is on the way by cable and MTU, and a buffer of no size is refused.
+    buffers: dict[str, dict[int, int]] | None = None
+    # man dcb-dcbx: what is set here stays, and is not replaced by what a switch offers.
+    dcbx = "host"
+    # Documentation/admin-guide/pm/cpufreq.rst
+    governor = "performance"
+    # ibv_reg_mr(3): registered memory is locked memory; limits.conf(5), systemd-system.conf(5).
+    memlock = True
     vendor_tools = True
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -716,7 +724,10 @@ def mtu_knobs(settings: Settings, device: Device, port: Port, interface: str) ->
 def mtu_knob(interface: str, mtu: int) -> Knob:
     """Return the MTU of an interface."""
     path = f"{NET}/{interface}/mtu"
-    return Knob("mtu", interface, str(mtu), lambda: peek_at(path), lambda: set_mtu(path, mtu))
+    hint = (
+        "bakehouse-roce apply; if it comes back, the network's configuration sets it (networkctl cat): change it there"
+    )
+    return Knob("mtu", interface, str(mtu), lambda: peek_at(path), lambda: set_mtu(path, mtu), hint=hint)
 
 
 def set_mtu(path: str, mtu: int) -> None:

@@ -99,6 +99,17 @@ def test_a_knob_that_failed_is_said_and_mended(node: Node, kernel: Kernel) -> No
     node.until_joined()
 
 
+def test_an_mtu_that_the_network_sets_back_is_said(node: Node, kernel: Kernel) -> None:
+    kernel.add_soft("rxe0", "eth0")
+    set_up(kernel)
+    kernel.write("sys/class/net/eth0/mtu", "1500")
+    node.start()
+    status = node.until_waiting_for("rxe0: the network's configuration set the MTU of eth0 back to 1500")
+    assert "networkctl cat eth0" in status["hint"]
+    kernel.write("sys/class/net/eth0/mtu", "9000")
+    node.until_joined()
+
+
 def test_a_wrong_roce_configuration_is_said(node: Node, kernel: Kernel) -> None:
     kernel.add_soft("rxe0", "eth0")
     kernel.configure("dscp: 99\n")

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from bakehouse import REPOSITORY
 from tests.support.roce_kernel import FAKES, TOOL, VENDOR, Kernel
 
 Knobs = dict[tuple[str, str], dict[str, str]]
+SYSTEM = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @pytest.fixture
@@ -170,6 +172,19 @@ def test_what_a_driver_refuses_to_do_at_all_is_not_supported(nic: Kernel) -> Non
     found = applied(nic)["ets", "eth0"]
     assert found["state"] == "not supported"
     assert found["word"].endswith("Operation not supported")
+
+
+@pytest.mark.skipif(not shutil.which("dcb", path=SYSTEM), reason="iproute2 is not installed")
+def test_the_real_dcb_is_understood_when_it_refuses(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No interface here knows DCB; that much of the fake can be compared."""
+    monkeypatch.setenv("PATH", SYSTEM)
+    tool = kernel.load()
+    for interface, word in (("lo", "Operation not supported"), ("nope", "No such device")):
+        dcb = tool.Dcb(interface)
+        for name in ("dcbx", "app", "ets", "buffer", "pfc"):
+            with pytest.raises((tool.NotSupported, tool.Trouble)) as caught:
+                dcb.show(name)
+            assert caught.value.word == f"Attribute read: {word}"
 
 
 def test_one_traffic_class_is_too_few(nic: Kernel) -> None:
