@@ -70,6 +70,6 @@ def test_devices_have_lasting_names(host: Host) -> None:
     assert "rdma_rename" in host.file(rules).content_string
 
 
-@pytest.mark.parametrize("program", ["ibv_devinfo", "rping", "ib_write_bw", "rdma", "dcb", "ethtool"])
-def test_the_tools_are_there(host: Host, program: str) -> None:
-    assert host.exists(program)
+def test_the_tools_are_there(host: Host) -> None:
+    wanted = ("ibv_devinfo", "rping", "ib_write_bw", "rdma", "dcb", "ethtool")
+    assert [program for program in wanted if not host.exists(program)] == []
