@@ -44,6 +44,7 @@ TOOLS = (
     Tool("mount", "mount", "diskimage-builder calls it"),
     Tool("ps", "procps", "diskimage-builder calls it"),
     Tool("sfdisk", "fdisk", "partition tables"),
+    Tool("sgdisk", "gdisk", "config drives as Ironic writes them"),
     Tool("mke2fs", "e2fsprogs", "root filesystems"),
     Tool("mformat", "mtools", "EFI system partitions"),
     Tool("grub-mkimage", "grub-common", "boot loaders"),

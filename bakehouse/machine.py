@@ -35,6 +35,9 @@ DataSource = Literal["nocloud", "config-drive", "config-drive-partition", "metad
 """Where cloud-init finds its data: a NoCloud seed, OpenStack's config drive as a disk of its own (Nova) or as a
 partition at the end of the machine's disk (Ironic), or OpenStack's metadata service, which needs a private network."""
 
+Bus = Literal["virtio", "nvme"]
+"""How the machine's disk is attached."""
+
 OVMF = Path("/usr/share/OVMF/OVMF_CODE_4M.fd"), Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 OVMF_SECURE = Path("/usr/share/OVMF/OVMF_CODE_4M.ms.fd"), Path("/usr/share/OVMF/OVMF_VARS_4M.ms.fd")
 """Program and variables of the firmware (Debian's ovmf)."""
@@ -54,6 +57,9 @@ EVIDENCE = {
 """Files of Machine.collect() and the commands that give them."""
 
 MIB = 1 << 20
+
+DISK = "disk.qcow2"
+"""The file in a machine's folder."""
 
 
 SSH_SETTINGS = {
@@ -115,6 +121,11 @@ class Machine:
     _process: subprocess.Popen[bytes]
     _monitor: Path
     _said: Path
+
+    @property
+    def disk(self) -> Path:
+        """Its disk, a qcow2 file, to be looked at when the machine is off. It goes with boot()'s block."""
+        return self._monitor.with_name(DISK)
 
     @property
     def running(self) -> bool:
@@ -305,6 +316,7 @@ def boot(
     data_source: DataSource = "nocloud",
     network: Network | None = None,
     clock: datetime.datetime | None = None,
+    bus: Bus = "virtio",
 ) -> Iterator[Machine]:
     """Boot an image. The image is only read: what the machine writes goes to an overlay.
 
@@ -326,6 +338,7 @@ def boot(
         network: the private network to plug it into; by default it can go out through the host, and nobody can come in
             but over SSH from this host.
         clock: what its clock shall say when it is switched on, UTC; the right time by default.
+        bus: virtio, or nvme for a disk as machines of metal have it.
 
     Raises:
         BakehouseError: QEMU does not start.
@@ -338,11 +351,11 @@ def boot(
         key = key or make_key(folder)
         port = network.port(hostname) if network else None
         told = _instance(hostname, key, user_data, port, data_source)
-        disk = folder / "disk.qcow2"
+        disk = folder / DISK
         _overlay(image, disk, _with_room(image, disk_size) if data_source == "config-drive-partition" else disk_size)
         drives = _drives(folder, disk, told, data_source, network)
         command = _command(folder, disk, drives, port, firmware=firmware, memory=memory, cpus=cpus,
-                           accelerated=accelerated, clock=clock, data_source=data_source,
+                           accelerated=accelerated, clock=clock, data_source=data_source, bus=bus,
                            mtu=network.mtu if network else DEFAULT_MTU)  # fmt: skip
         if network and port:
             network.add_tap(port)
@@ -401,13 +414,15 @@ def _instance(hostname: str, key: Path, user_data: str, port: Port | None, data_
 
 
 def _with_room(image: Path, disk_size: int) -> int:
-    """Return the size of a disk that has room for a config drive behind the image's partitions."""
+    """Return the size of a disk: the one asked for, else the image's with room for a config drive at its end."""
+    if disk_size:
+        return disk_size
     shown = subprocess.run(
         ["qemu-img", "info", "--output=json", str(image)], capture_output=True, text=True, check=True
     )
     found = re.search(r'"virtual-size": (\d+)', shown.stdout)
     assert found is not None
-    return max(disk_size, int(found[1]) + (seed.CONFIG_DRIVE_PARTITION_MIB + 2) * MIB)
+    return int(found[1]) + (seed.CONFIG_DRIVE_PARTITION_MIB + 2) * MIB
 
 
 def _drives(folder: Path, disk: Path, told: Instance, data_source: DataSource, network: Network | None) -> list[Path]:
@@ -453,6 +468,7 @@ def _command(
     clock: datetime.datetime | None,
     data_source: DataSource,
     mtu: int = DEFAULT_MTU,
+    bus: Bus = "virtio",
 ) -> list[str]:
     secure = firmware == "secure-boot"
     # Only code in system management mode may write to the firmware's variables then (EDK II, OvmfPkg/README).
@@ -463,7 +479,7 @@ def _command(
         "-cpu", "host" if accelerated else EMULATED_CPU,
         "-smp", str(cpus), "-m", str(memory),
         "-drive", f"if=none,id=disk,file={disk},format=qcow2,cache=unsafe,discard=unmap",
-        "-device", "virtio-blk-pci,drive=disk,bootindex=1",
+        "-device", f"{'nvme,serial=bakehouse' if bus == 'nvme' else 'virtio-blk-pci'},drive=disk,bootindex=1",
         "-device", "virtio-rng-pci",
         "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console",
         "-qmp", f"unix:{folder / 'qmp'},server=on,wait=off",

@@ -37,6 +37,9 @@ GIB = 1 << 30
 
 TRAIT_RDMA = "trait:HW_NIC_OFFLOAD_RDMA"
 
+OF_PARTITION_IMAGES = ("kernel_id", "ramdisk_id")
+"""Ironic takes an image with them for one of a single partition (ironic/common/images.py, is_whole_disk_image)."""
+
 FIELDS = {"min_disk": 0, "min_ram": 0}
 """Fields of the Image API that may be overridden like properties."""
 
@@ -70,6 +73,8 @@ KNOWN = {
     "hw_watchdog_action": r"disabled|reset|poweroff|pause|none",
     "hypervisor_type": r"baremetal|hyperv|kvm|lxc|powervm|qemu|uml|vmware|vz|xen",
     "img_config_drive": r"optional|mandatory",
+    # Ours are whole disks; the other that Ironic knows is "partition".
+    "img_type": r"whole-disk",
     "img_hide_hypervisor_id": r"true|false|yes|no",
     "os_admin_user": r"\S+",
     "os_distro": r"[a-z0-9.-]+",
@@ -216,11 +221,20 @@ def _standard(record: Record, *, guest_agent: bool) -> dict[str, str]:
         "img_config_drive": "optional",
         "hw_firmware_type": firmware(record),
         **({"os_secure_boot": "optional"} if record.secure_boot else {}),
-        # Nova takes only hosts with the trait (its "Image Metadata"; names: os-traits).
+        # Nova takes only hosts with the trait (nova/scheduler/utils.py, _process_image_meta; its name: os-traits,
+        # os_traits/hw/nic/offload.py). Nodes of Ironic have those that their operator added.
         **({TRAIT_RDMA: "required"} if is_roce else {}),
     }
     if record.platform == "roce" or record.has_element("bare-metal"):
-        return values | {"hypervisor_type": "baremetal"}
+        # What Ironic's nodes are to Nova (nova/virt/ironic/driver.py, _get_nodes_supported_instances), and what makes
+        # Ironic write the whole disk (ironic/common/images.py, is_whole_disk_image). Nothing is said that asks for a
+        # device of virtual machines: Nova may want a trait for it that no node has (nova/scheduler/request_filter.py,
+        # transform_image_metadata).
+        #
+        # hw_firmware_type and os_secure_boot are for people: Ironic goes by the capabilities of node and flavor
+        # (ironic/drivers/modules/boot_mode_utils.py). "required" would have Nova look for nodes with the trait
+        # COMPUTE_SECURITY_UEFI_SECURE_BOOT (nova/scheduler/utils.py, _translate_secure_boot_request).
+        return values | {"hypervisor_type": "baremetal", "img_type": "whole-disk"}
     return values | {
         "hw_machine_type": "q35",
         "hw_disk_bus": "virtio",
@@ -290,8 +304,16 @@ def check(key: str, value: str | None, where: str) -> None:
     near = difflib.get_close_matches(key, [*KNOWN, *FIELDS], n=1, cutoff=0.88)
     if near and near[0] != key:
         raise BakehouseError(f"{where}: {key}: no such property is known (did you mean '{near[0]}'?)")
-    if value is None:
-        return
+    if value is not None:
+        _check_value(key, value, where)
+
+
+def _check_value(key: str, value: str, where: str) -> None:
+    if key in OF_PARTITION_IMAGES:
+        raise BakehouseError(
+            f"{where}: {key}: belongs to images of one partition, and this is one of a whole disk",
+            hint="its kernel and its initramfs are in it",
+        )
     if key in FIELDS and not value.isdigit():
         raise BakehouseError(f"{where}: {key}: '{value}' is not a whole number")
     if len(value) > LONGEST_VALUE:

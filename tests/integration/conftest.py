@@ -67,6 +67,14 @@ def baked(real_settings: Settings) -> Record:
 
 
 @pytest.fixture(scope="session")
+def roce_image(real_settings: Settings) -> Record:
+    """An image for machines of metal, baked from nothing."""
+    record, built = bake(real_settings, "roce")
+    assert built
+    return record
+
+
+@pytest.fixture(scope="session")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
     """A real Keystone and Glance. Their virtual environment is shared with the host's cache."""
     folder = tmp_path_factory.mktemp("openstack")

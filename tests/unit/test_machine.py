@@ -70,6 +70,11 @@ def test_a_machine_by_itself_is_reached_through_the_host_only(tmp_path: Path) ->
     assert netdev == "user,id=net,hostfwd=tcp:127.0.0.1:0-:22"
 
 
+def test_a_disk_is_a_virtual_one_or_as_on_metal(tmp_path: Path) -> None:
+    assert "virtio-blk-pci,drive=disk,bootindex=1" in values(command(tmp_path), "-device")
+    assert "nvme,serial=bakehouse,drive=disk,bootindex=1" in values(command(tmp_path, bus="nvme"), "-device")
+
+
 def test_a_machine_on_a_network_has_its_ports_device_and_address(tmp_path: Path) -> None:
     words = command(tmp_path, PORT)
     assert values(words, "-netdev") == ["tap,id=net,ifname=port10,script=no,downscript=no"]
@@ -224,7 +229,7 @@ def test_a_disk_that_would_cut_the_image_is_refused(tmp_path: Path, image: Path)
 
 def test_a_config_drive_partition_has_room_behind_the_image(image: Path) -> None:
     assert machine._with_room(image, 0) >= (64 + seed.CONFIG_DRIVE_PARTITION_MIB) << 20
-    assert machine._with_room(image, 1 << 30) == 1 << 30
+    assert machine._with_room(image, 1 << 30) == 1 << 30, "the one that was asked for"
 
 
 # Logging in.

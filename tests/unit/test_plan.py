@@ -247,6 +247,16 @@ def test_flags_win_over_the_manifest(planner: Planner) -> None:
     assert found.environment["DIB_RELEASE"] == "bookworm"
 
 
+@pytest.mark.parametrize("name", ["roce", "slurm-roce"])
+def test_one_build_gives_both_formats_of_an_image_for_metal(planner: Planner, name: str) -> None:
+    """Ironic takes both; a bake from such a manifest is tried with a fake builder (test_build.py)."""
+    found = planner.make(text=f"extends: {name}\ndisk: {{formats: [qcow2, raw]}}\n")
+    assert found.manifest.disk.formats == ["qcow2", "raw"]
+    assert found.manifest.disk.firmware[0] == "uefi"
+    assert {"shim-signed", "grub-efi-amd64-signed"} <= {package.name for package in found.packages}
+    assert "linux-image-amd64" in found.base_packages
+
+
 # What is refused.
 
 

@@ -49,6 +49,39 @@ def test_a_kubernetes_image_says_what_clusters_look_for(record: Record) -> None:
     assert "kube_version" not in make(record).properties
 
 
+def test_no_image_has_what_makes_ironic_take_it_for_a_partition(record: Record) -> None:
+    for platform in ("slurm", "kubernetes", "roce", "base"):
+        made = make(record, changes={"platform": platform}).properties
+        assert not {"kernel_id", "ramdisk_id"} & made.keys()
+        assert made.get("img_type", "whole-disk") == "whole-disk"
+    for key in ("kernel_id", "ramdisk_id"):
+        with pytest.raises(BakehouseError, match=f"place 1: {key}: belongs to images of one partition"):
+            make(record, {key: "8f4a8d34-7c15-51db-bd63-1b5519d6f857"})
+        assert key not in make(record, {key: None}).properties
+    with pytest.raises(BakehouseError, match="'partition' is not one of its values"):
+        make(record, {"img_type": "partition"})
+
+
+def test_ironic_and_nova_find_what_they_look_at(record: Record) -> None:
+    changes = {"platform": "roce", "firmware": ["uefi", "bios"], "verification": None, "secure_boot": True}
+    made = make(record, changes=changes).properties
+    said = {key: made[key] for key in made if not key.startswith(("bakehouse_", "image_", "os_v", "os_d", "os_p"))}
+    assert said == {
+        "architecture": "x86_64",
+        "hw_firmware_type": "uefi",
+        "hypervisor_type": "baremetal",
+        "img_config_drive": "optional",
+        "img_type": "whole-disk",
+        "os_admin_user": "debian",
+        "os_secure_boot": "optional",
+        "os_type": "linux",
+        "provided_until": "none",
+        "replace_frequency": "never",
+        "trait:HW_NIC_OFFLOAD_RDMA": "required",
+        "uuid_validity": "none",
+    }
+
+
 def test_bare_metal_is_told_apart(record: Record) -> None:
     metal, virtual = make(record, changes={"platform": "roce"}), make(record)
     assert metal.properties["hypervisor_type"] == "baremetal"

@@ -212,12 +212,15 @@ def test_a_config_drive_fits_at_the_end_of_a_disk(drive: Path, tmp_path: Path, f
     raw = flat(disk) if form == "qcow2" else disk
     table = partitions(raw)
     assert "No errors detected" in run("sfdisk", "--verify", str(raw))
+    assert "No problems found" in run("sgdisk", "--verify", str(raw))
     assert table["id"] == "00000000-0000-4000-8000-00000000000A", "the same table, not a new one"
     bios, root, config = table["partitions"]
     assert (bios["name"], root["name"], root["start"]) == ("bios", "root", 2 * MIB // SECTOR)
-    assert config["type"] == seed.LINUX_TYPE
-    assert config["size"] * SECTOR == 64 * MIB
-    assert 0 < size * MIB - (config["start"] + config["size"]) * SECTOR <= 2 * MIB
+    assert config["type"] == "0FC63DAF-8483-4772-8E79-3D69D8477DE4", "Linux, what sgdisk gives by default"
+    # sgdisk begins at a whole MiB and takes all up to the last sector that may be used.
+    assert 64 * MIB <= config["size"] * SECTOR <= 65 * MIB
+    assert config["start"] % (MIB // SECTOR) == 0
+    assert 0 < size * MIB - (config["start"] + config["size"]) * SECTOR <= 1 * MIB
     with raw.open("rb") as file:
         assert file.read(9) == b"boot code"
         file.seek(5 * MIB)
