@@ -271,7 +271,11 @@ def rows(joining: Sequence[Boot], standing: Sequence[Boot], platform: str) -> li
         Row("ours: power-on to login prompt", _text(logins), _seconds(logins) / _seconds(plain)),
         Row("CPU seconds, ours to joined", f"{_cpu(joined):.1f} s", _cpu(joined) / _cpu(plain)),
         Row("CPU seconds, ours to login prompt", f"{_cpu(logins):.1f} s", _cpu(logins) / _cpu(plain)),
-        *(_agent_rows(joining, _seconds(joined)) if platform == "slurm" else _kubeadm_rows(joining, _seconds(joined))),
+        *(
+            _agent_rows(joining, _seconds(joined))
+            if platform != "kubernetes"
+            else _kubeadm_rows(joining, _seconds(joined))
+        ),
     ]
 
 
