@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from bakehouse import kubernetes, network, userdata
 from bakehouse.cluster import NOTE, Broker, noted
 from bakehouse.control_plane import ADMIN, ControlPlane
@@ -63,13 +61,11 @@ def with_pod_network(joining: str, *more: Mapping[str, str]) -> str:
     """Return user-data with what a network add-on would bring to the node.
 
     Args:
-        joining: the cloud-config that makes a node join. It comes last: it says how lists are merged.
+        joining: the cloud-config that makes a node join.
         more: further files of cloud-config's write_files.
     """
     file = {"path": "/etc/cni/net.d/10-bakehouse.conflist", "content": json.dumps(POD_NETWORK_PLUGIN)}
-    parts = ["#cloud-config\n" + yaml.safe_dump({"write_files": [file, *(dict(each) for each in more)]}), joining]
-    archive = [{"type": "text/cloud-config", "content": part} for part in parts]
-    return "#cloud-config-archive\n" + yaml.safe_dump(archive)
+    return userdata.with_part({"write_files": [file, *(dict(each) for each in more)]}, joining)
 
 
 @contextmanager

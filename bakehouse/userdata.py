@@ -11,9 +11,11 @@ import ssl
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 import jinja2
+import yaml
 
 from bakehouse import REPOSITORY, roce
 from bakehouse.errors import BakehouseError
@@ -287,6 +289,18 @@ def render(join: Join | KubernetesJoin | RoceJoin) -> str:
             hint="give fewer SSH keys or features, and of the CA only the certificate that signed the broker's",
         )
     return text
+
+
+def with_part(config: Mapping[str, Any], joining: str) -> str:
+    """Return user-data of two parts: something more, and the cloud-config that makes a node join.
+
+    Args:
+        config: of the first part.
+        joining: what render() returned. It comes last: it says how lists are merged.
+    """
+    parts = ["#cloud-config\n" + yaml.safe_dump(dict(config)), joining]
+    archive = [{"type": "text/cloud-config", "content": part} for part in parts]
+    return "#cloud-config-archive\n" + yaml.safe_dump(archive)
 
 
 def quoted(value: str | int) -> str:

@@ -8,9 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
-
-import yaml
 
 from bakehouse import userdata, waiting
 from bakehouse.errors import BakehouseError
@@ -60,11 +57,9 @@ def with_soft_roce(joining: str) -> str:
     """Return user-data that gives a virtual machine an RDMA device at each boot.
 
     Args:
-        joining: the cloud-config that makes a node join. It comes last: it says how lists are merged.
+        joining: the cloud-config that makes a node join.
     """
-    first = "#cloud-config\n" + yaml.safe_dump({"bootcmd": [["sh", "-ec", SOFT_ROCE]]})
-    archive = [{"type": "text/cloud-config", "content": part} for part in (first, joining)]
-    return "#cloud-config-archive\n" + yaml.safe_dump(archive)
+    return userdata.with_part({"bootcmd": [["sh", "-ec", SOFT_ROCE]]}, joining)
 
 
 @contextmanager
@@ -144,20 +139,7 @@ class RoceTrial:
 
     def _reports(self, node: Machine) -> None:
         for each in (node, self.peer):
-            each.wait_for_ssh(BOOT_SECONDS)
-            waiting.until(
-                f"RDMA device of {each.login.host}", partial(_has_report, each), COMMAND_SECONDS, poll=2.0,
-                last_words=partial(_state, each),
-            )  # fmt: skip
-            knobs = {knob["knob"]: knob for knob in report(each)}
-            wrong = [f"{knob['knob']}: {knob['word']}" for knob in knobs.values() if knob["state"] == "failed"]
-            wrong += [
-                f"{name} is '{knobs[name]['actual']}', not '{wanted}'"
-                for name, wanted in (("roce_mode", "RoCE v2"), ("mtu", str(MTU)), ("path_mtu", "4096"))
-                if knobs[name]["actual"] != wanted
-            ]
-            if wrong:
-                raise BakehouseError(f"RoCE is not set up on {each.login.host}: {'; '.join(wrong)}")
+            _must_be_set_up(each)
 
     def _write(self, node: Machine) -> None:
         assert node.port is not None
@@ -198,12 +180,26 @@ class RoceTrial:
         return {"node-2.log": self.peer.output()} if self._peer else {}
 
 
-def _has_report(node: Machine) -> bool:
-    return bool(report(node))
+def _must_be_set_up(node: Machine) -> None:
+    knobs: dict[str, dict[str, str]] = {}
 
+    def says_it() -> bool:
+        knobs.update({knob["knob"]: knob for knob in report(node)})
+        return bool(knobs)
 
-def _state(node: Machine) -> str:
-    return node.ssh("rdma link; bakehouse-agent status").stdout
+    node.wait_for_ssh(BOOT_SECONDS)
+    waiting.until(
+        f"RDMA device of {node.login.host}", says_it, COMMAND_SECONDS, poll=2.0,
+        last_words=lambda: node.ssh("rdma link; bakehouse-agent status").stdout,
+    )  # fmt: skip
+    wrong = [f"{knob['knob']}: {knob['word']}" for knob in knobs.values() if knob["state"] == "failed"]
+    wrong += [
+        f"{name} is '{knobs[name]['actual']}', not '{wanted}'"
+        for name, wanted in (("roce_mode", "RoCE v2"), ("mtu", str(MTU)), ("path_mtu", "4096"))
+        if knobs[name]["actual"] != wanted
+    ]
+    if wrong:
+        raise BakehouseError(f"RoCE is not set up on {node.login.host}: {'; '.join(wrong)}")
 
 
 def report(node: Machine) -> list[dict[str, str]]:
