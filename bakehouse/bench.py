@@ -148,16 +148,7 @@ class _BakeBench:
         return plan.make(self.name, settings)
 
     def _bake(self, settings: Settings) -> Record:
-        with Path(os.devnull).open("w") as nowhere:
-            quiet = Console(file=nowhere)
-            return build.bake(
-                self._plan(settings),
-                LocalStore(settings.store),
-                BaseCache(settings.cache),
-                quiet,
-                force=True,
-                in_memory=settings.build_in_memory == "auto",
-            )[0]
+        return bake_quietly(self._plan(settings), settings)
 
     def _forget(self) -> None:
         """Empty the caches, but for the downloaded packages."""
@@ -224,6 +215,19 @@ class _BakeBench:
             self.log, environment={},
         )  # fmt: skip
         return tar.stat().st_size
+
+
+def bake_quietly(wanted: Plan, settings: Settings) -> Record:
+    """Bake an image into the store of the settings, showing nothing."""
+    with Path(os.devnull).open("w") as nowhere:
+        return build.bake(
+            wanted,
+            LocalStore(settings.store),
+            BaseCache(settings.cache),
+            Console(file=nowhere),
+            force=True,
+            in_memory=settings.build_in_memory == "auto",
+        )[0]
 
 
 def this_machine() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
@@ -14,8 +13,8 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from bakehouse import bench_boot, build, kubernetes, kubernetes_cluster, machine, plan, registry, userdata, verify
-from bakehouse.bench import MIB, Result, Row, this_machine
+from bakehouse import bench_boot, kubernetes_cluster, machine, plan, registry, userdata, verify, waiting
+from bakehouse.bench import MIB, Result, Row, bake_quietly, this_machine
 from bakehouse.cache import BaseCache
 from bakehouse.errors import BakehouseError
 from bakehouse.kubernetes_cluster import KubernetesCluster
@@ -24,6 +23,7 @@ from bakehouse.registry import Registry
 from bakehouse.run import Log, remove_tree
 from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
+from bakehouse.verify_kubernetes import KubernetesTrial
 
 POLL_SECONDS = 0.5
 RUNS = "kube-proxy"
@@ -65,10 +65,9 @@ def preload(settings: Settings, rounds: int, console: Console, name: str = "kube
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-preload-")))
         log = stack.enter_context(Log(folder / "bench.log"))
         file = store.image(loaded)
-        programs = kubernetes.binaries(kubernetes.version_of(loaded), settings)
-        made = stack.enter_context(
-            kubernetes_cluster.up(loaded, file, programs, settings.mirrors(), settings.cache, log)
-        )
+        trial = stack.enter_context(verify.trial(loaded, file, settings, log))
+        assert isinstance(trial, KubernetesTrial)
+        made = trial.made
         console.print("a control plane, and a registry with the images", highlight=False)
         made.controller.start()
         made.controller.kubeadm("addon", RUNS)
@@ -100,16 +99,11 @@ def _without_images(name: str, settings: Settings, console: Console) -> Iterator
         site = settings.model_copy(
             update={"manifests": [*settings.manifests, scratch], "kubernetes_images": None, "store": scratch / "store"}
         )
-        store = LocalStore(site.store)
         console.print(f"baking {name} without images", end=" ... ", highlight=False)
         start = time.monotonic()
-        with Path(os.devnull).open("w") as nowhere:
-            record, _ = build.bake(
-                plan.make("bench-bare", site), store, BaseCache(settings.cache), Console(file=nowhere),
-                in_memory=settings.build_in_memory == "auto",
-            )  # fmt: skip
+        record = bake_quietly(plan.make("bench-bare", site), site)
         console.print(f"{time.monotonic() - start:.0f} s", highlight=False)
-        yield store, record
+        yield LocalStore(site.store), record
     finally:
         remove_tree(scratch)
 
@@ -134,7 +128,10 @@ class _PreloadBench:
         ) as booted:  # fmt: skip
             line = verify.wait_for_join(booted)
             joined = booted.console.lines[line].at - booted.started
-            booted.wait("first pod", lambda: self._runs(node), bench_boot.BOOT_SECONDS)
+            waiting.until(
+                "first pod", lambda: self._runs(node), bench_boot.BOOT_SECONDS, poll=POLL_SECONDS, check=booted.check,
+                last_words=booted.output,
+            )  # fmt: skip
             runs = time.monotonic() - booted.started
             booted.wait_for_ssh(bench_boot.BOOT_SECONDS)
             counters = booted.ssh("cat /sys/class/net/e*/statistics/rx_bytes").stdout.split()
@@ -144,7 +141,6 @@ class _PreloadBench:
 
     def _runs(self, node: str) -> bool:
         chosen = [f"--field-selector=spec.nodeName={node}", f"--selector=k8s-app={RUNS}", "--namespace=kube-system"]
-        time.sleep(POLL_SECONDS)
         pods = self.made.controller.get("pods", *chosen).get("items") or []
         states = [each for pod in pods for each in pod["status"].get("containerStatuses") or []]
         return any(each["ready"] for each in states)

@@ -360,9 +360,7 @@ def bench_boot_to_joined(platform: str, *, rounds: int, as_json: bool) -> None:
     """Measure boots and print ratios."""
     _check_rounds(rounds)
     settings = site.load()
-    status = sudo.again_as_root(settings)
-    if status is not None:
-        raise SystemExit(status)
+    sudo.must_be_root(settings)
     with run.ending_on_sigterm():
         _print_result(bench_boot.boot(settings, rounds, errors, platform), as_json=as_json)
 
@@ -371,9 +369,7 @@ def bench_preloading(platform: str, *, rounds: int, as_json: bool) -> None:
     """Measure a node's first pod with images loaded and pulled, and print ratios."""
     _check_rounds(rounds)
     settings = site.load()
-    status = sudo.again_as_root(settings)
-    if status is not None:
-        raise SystemExit(status)
+    sudo.must_be_root(settings)
     with run.ending_on_sigterm():
         _print_result(bench_preload.preload(settings, rounds, errors, platform), as_json=as_json)
 

@@ -26,10 +26,10 @@ def diff(old: str, new: str, *, by_size: bool, as_json: bool) -> None:
     _, store, _ = open_site()
     before, after = store.get(old), store.get(new)
     bills = [sbom.read(store.folder(record.tag) / record.sbom) for record in (before, after)]
-    changes = sbom.difference(*bills)
     if by_size:
         _print_sizes(before, after, sbom.sizes(*bills), as_json=as_json)
         return
+    changes = sbom.difference(*bills)
     if as_json:
         print_json({"old": before.tag, "new": after.tag, "changes": [dataclasses.asdict(one) for one in changes]})
         return

@@ -78,20 +78,13 @@ def _text_of(flag: str, name: str) -> str:
         raise BakehouseError(f"{flag} {name} is not UTF-8 text: {error}") from error
 
 
-def _as_root(settings: Settings) -> None:
-    """Go on as root: end with the second run's status where we are not."""
-    status = sudo.again_as_root(settings)
-    if status is not None:
-        raise SystemExit(status)
-
-
 def verify(tag: str, *, firmware: str, verbose: bool, as_json: bool) -> None:
     """Verify an image and print the result."""
     settings, store, _ = open_site()
     found = store.get(tag)
     chosen = _firmware(found, firmware) if firmware else None
     verification.needed(found)
-    _as_root(settings)
+    sudo.must_be_root(settings)
     found = verified(found, settings, store, errors if as_json else console, firmware=chosen, verbose=verbose)
     if as_json:
         print_json(found.model_dump(mode="json")["verification"])
@@ -428,7 +421,7 @@ def cluster_up(platform: str, *, image: str, authentication: str, accounting: bo
     if found.platform != platform:
         raise BakehouseError(f"{found.tag} is a {found.platform} image", hint=f"`invoke cluster.up {found.platform}`")
     verification.needed(found)
-    _as_root(settings)
+    sudo.must_be_root(settings)
     with console.status("starting the controller"):
         if platform == "kubernetes":
             made = demo.up_kubernetes(found, store.image(found), settings)
@@ -443,7 +436,7 @@ def cluster_down(platform: str) -> None:
     """End a cluster."""
     settings, _, _ = open_site()
     demo.get(platform)
-    _as_root(settings)
+    sudo.must_be_root(settings)
     ended = demo.down(platform)
     console.print(f"The {ended.platform} cluster of {ended.tag} is gone.", highlight=False)
 
@@ -458,7 +451,7 @@ def cluster_status(*, as_json: bool) -> None:
     if not found:
         console.print("No cluster runs here. Make one: [bold]invoke cluster.up slurm[/]")
         return
-    _as_root(settings)
+    sudo.must_be_root(settings)
     with _log() as log:
         for made in found:
             cluster = made.attach(log)
@@ -487,7 +480,7 @@ def cluster_run(command: str, *, platform: str) -> None:
 def _demo(platform: str, settings: Settings) -> Iterator[Cluster | KubernetesCluster]:
     """Give the demo cluster that runs here, as root."""
     running = demo.get(platform)
-    _as_root(settings)
+    sudo.must_be_root(settings)
     with _log() as log:
         yield running.attach(log)
 
@@ -552,7 +545,7 @@ def boot(
             cluster = stack.enter_context(_demo(found.platform, settings))
             place, data = cluster.network, cluster.user_data(name or found.name)
         elif source == "metadata":
-            _as_root(settings)
+            sudo.must_be_root(settings)
             place = stack.enter_context(network.up(stack.enter_context(_log())))
         running = stack.enter_context(machine.boot(
             store.image(found), probe=cache.kvm, firmware=chosen, cpus=cpus, key=private, user_data=data,

@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 
 from bakehouse import network, token, userdata, waiting
 from bakehouse.errors import BakehouseError
-from bakehouse.network import FOLDER, GATEWAY, Network
+from bakehouse.network import DEFAULT_MTU, FOLDER, GATEWAY, Network
 from bakehouse.run import Log
 from bakehouse.slurm import Authentication, Controller
 
@@ -60,7 +60,7 @@ class Cluster:
 
 @contextmanager
 def up(
-    image: Path, log: Log, *, authentication: Authentication = "munge", cgroups: bool = True, mtu: int = 1500
+    image: Path, log: Log, *, authentication: Authentication = "munge", cgroups: bool = True, mtu: int = DEFAULT_MTU
 ) -> Iterator[Cluster]:
     """Make a cluster of an image. It ends with the block, and with this process, however it ends.
 

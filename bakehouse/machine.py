@@ -24,10 +24,7 @@ from bakehouse import instance, kvm, run, seed, waiting
 from bakehouse.console import Console
 from bakehouse.errors import BakehouseError
 from bakehouse.instance import Instance
-from bakehouse.network import GATEWAY, SUBNET, Network, Port
-
-DEFAULT_MTU = 1500
-"""Bytes; a card takes no larger packets unless QEMU says so."""
+from bakehouse.network import DEFAULT_MTU, GATEWAY, SUBNET, Network, Port
 
 Firmware = Literal["bios", "uefi", "secure-boot"]
 
@@ -488,6 +485,7 @@ def _command(
         command += ["-drive", f"if=none,id=seed{number},file={drive},format=raw,readonly=on"]
         command += ["-device", f"virtio-blk-pci,drive=seed{number}"]
     if port:
+        # A card takes no larger packets unless it is told so.
         jumbo = f",host_mtu={mtu}" if mtu != DEFAULT_MTU else ""
         command += ["-netdev", f"tap,id=net,ifname={port.device},script=no,downscript=no"]
         command += ["-device", f"virtio-net-pci,netdev=net,mac={port.mac},romfile={jumbo}"]

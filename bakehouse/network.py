@@ -26,6 +26,8 @@ SUBNET = ipaddress.IPv4Network("10.77.0.0/24")
 """The network's addresses. Seen in its own namespace only, so that it cannot clash with networks of the host."""
 
 GATEWAY = SUBNET[1]
+DEFAULT_MTU = 1500
+"""Bytes."""
 METADATA = ipaddress.IPv4Address("169.254.169.254")
 """Where clouds serve metadata (OpenStack's administration guide, metadata service)."""
 
@@ -73,7 +75,7 @@ class Network:
         mtu: bytes.
     """
 
-    def __init__(self, pid: int, log: Log, *, mtu: int = 1500) -> None:
+    def __init__(self, pid: int, log: Log, *, mtu: int = DEFAULT_MTU) -> None:
         self.pid = pid
         self.log = log
         self.mtu = mtu
@@ -258,7 +260,7 @@ class Network:
 
 
 @contextmanager
-def up(log: Log, *, mtu: int = 1500) -> Iterator[Network]:
+def up(log: Log, *, mtu: int = DEFAULT_MTU) -> Iterator[Network]:
     """Make a private network. It ends with the block, and with this process, however it ends.
 
     Args:

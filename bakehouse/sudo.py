@@ -62,6 +62,17 @@ def again_as_root(settings: Settings, words: list[str] | None = None, *, stdout:
     return status
 
 
+def must_be_root(settings: Settings) -> None:
+    """Go on as root. Where we are somebody else, a second run does the work, and we end with its status.
+
+    Raises:
+        BakehouseError: sudo is missing or asks for a password.
+    """
+    status = again_as_root(settings)
+    if status is not None:
+        raise SystemExit(status)
+
+
 def _end(process: subprocess.Popen[bytes]) -> int:
     assert process.stdin is not None
     process.stdin.close()

@@ -152,11 +152,9 @@ class Join:
     @property
     def audience(self) -> str:
         """Who this is for."""
-        if self.node:
-            return f"the node {self.node} only"
-        if self.broker:
+        if self.broker and not self.node:
             return "the one node that the token was made for; it takes its name from the cloud"
-        return "any node; each takes its name from the cloud"
+        return _audience(self.node)
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,7 @@ class KubernetesJoin:
     @property
     def audience(self) -> str:
         """Who this is for."""
-        return f"the node {self.node} only" if self.node else "any node; each takes its name from the cloud"
+        return _audience(self.node)
 
 
 @dataclass(frozen=True)
@@ -261,7 +259,11 @@ class RoceJoin:
     @property
     def audience(self) -> str:
         """Who this is for."""
-        return f"the node {self.node} only" if self.node else "any node; each takes its name from the cloud"
+        return _audience(self.node)
+
+
+def _audience(node: str) -> str:
+    return f"the node {node} only" if node else "any node; each takes its name from the cloud"
 
 
 def render(join: Join | KubernetesJoin | RoceJoin) -> str:

@@ -252,7 +252,7 @@ def trial(record: Record, image: Path, settings: Settings, log: Log) -> Iterator
                 yield pair
     else:
         has_roce = record.has_element("roce")
-        mtu = verify_roce.MTU if has_roce else machine.DEFAULT_MTU
+        mtu = verify_roce.MTU if has_roce else network.DEFAULT_MTU
         with cluster.up(image, log, mtu=mtu) as plain:
             yield SlurmTrial(plain, soft_roce=has_roce)
 
@@ -547,15 +547,12 @@ def ask_host(host_name: str, suites: list[Path], record: Record | None, report: 
             (Path(name) / FILE_NAME).write_text(record.model_dump_json())
             known = [f"--record={Path(name) / FILE_NAME}"]
         done = _pytest([], suites, [f"--hosts=ssh://{host_name}", *sudo, *known], report)
-    if done.returncode not in {0, 1} or not report.is_file():
-        raise BakehouseError("the suites could not be run", log=(done.stdout + done.stderr)[-3000:])
-    return [*_cases(report)]
+    return _facts(done, report)
 
 
 def _pytest(
     prefix: Sequence[str], suites: list[Path], options: Sequence[str | Path], report: Path
 ) -> subprocess.CompletedProcess[str]:
-    """Run suites. It ends with 0 where all passed, with 1 where some failed (pytest's documentation, exit codes)."""
     return subprocess.run(
         [
             *prefix, sys.executable, "-m", "pytest", "-q", "--rootdir", OWN_SUITES, "-p", "no:cacheprovider",
@@ -564,6 +561,13 @@ def _pytest(
         ],
         cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=SUITE_SECONDS,
     )  # fmt: skip
+
+
+def _facts(done: subprocess.CompletedProcess[str], report: Path) -> list[Check]:
+    # 0: all passed, 1: some failed (pytest's documentation, exit codes).
+    if done.returncode not in {0, 1} or not report.is_file():
+        raise BakehouseError("the suites could not be run", log=(done.stdout + done.stderr)[-3000:])
+    return [*_cases(report)]
 
 
 def ask(login: Login, suites: list[Path], record: Record, evidence: Path) -> list[Check]:
@@ -593,9 +597,7 @@ def ask(login: Login, suites: list[Path], record: Record, evidence: Path) -> lis
         ]  # fmt: skip
         done = _pytest(login.prefix, suites, options, report)
     (evidence / "suite.txt").write_text(done.stdout + done.stderr)
-    if done.returncode not in {0, 1} or not report.is_file():
-        raise BakehouseError("the suites could not be run", log=(done.stdout + done.stderr)[-3000:])
-    return [*_cases(report)]
+    return _facts(done, report)
 
 
 def _cases(report: Path) -> Iterator[Check]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from bakehouse import build, local_cloud, plan, run
+from bakehouse import REPOSITORY, build, local_cloud, plan, run
 from bakehouse import settings as site_settings
 from bakehouse.cache import BaseCache
 from bakehouse.local_cloud import LocalCloud
@@ -56,6 +58,21 @@ def bake(settings: Settings, name: str = "slurm", **options: bool) -> tuple[Reco
     """Bake for real, showing what is done."""
     wanted = plan.make(name, settings)
     return build.bake(wanted, LocalStore(settings.store), BaseCache(settings.cache), Console(width=160), **options)
+
+
+Invoke = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def invoking(environment: dict[str, str]) -> Invoke:
+    """Return what runs a task as people do, with variables beside those that there are."""
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "invoke", *words],
+            cwd=REPOSITORY, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,29 +18,19 @@ from bakehouse import REPOSITORY
 from bakehouse.record import Record
 from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
+from tests.integration.conftest import Invoke, invoking
 
 pytestmark = pytest.mark.slow
-
-Invoke = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
 def invoke(baked: Record, real_settings: Settings, tmp_path: Path) -> Invoke:
     """Run a task as people do, with the baked image in the store."""
-    environment = {
-        **os.environ,
+    return invoking({
         "BAKEHOUSE_STORE": str(real_settings.store),
         "BAKEHOUSE_CACHE": str(real_settings.cache),
         "XDG_STATE_HOME": str(tmp_path),
-    }
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "invoke", *words],
-            cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
-
-    return run
+    })  # fmt: skip
 
 
 class Place:

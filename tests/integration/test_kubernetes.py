@@ -5,9 +5,6 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +15,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from bakehouse import REPOSITORY, kubernetes, kubernetes_cluster, plan, timeline, userdata, verify, waiting
+from bakehouse import kubernetes, kubernetes_cluster, plan, timeline, userdata, verify, waiting
 from bakehouse.errors import BakehouseError
 from bakehouse.harness import BootMachine
 from bakehouse.kubernetes_cluster import KubernetesCluster
@@ -29,7 +26,7 @@ from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
 from bakehouse.verify import JOIN_SECONDS, wait_for_join
 from bakehouse.verify_kubernetes import KubernetesTrial
-from tests.integration.conftest import bake, host_cache
+from tests.integration.conftest import bake, host_cache, invoking
 from tests.support import kubernetes as support
 
 pytestmark = pytest.mark.slow
@@ -173,16 +170,7 @@ def test_a_cluster_comes_and_goes(image: Record, site: Settings, built: support.
         "kubernetes_binaries": str(built.binaries),
     }  # fmt: skip
     (tmp_path / "bakehouse.yaml").write_text(yaml.safe_dump(settings))
-    environment = {
-        **os.environ, "BAKEHOUSE_CONFIG": str(tmp_path / "bakehouse.yaml"), "XDG_STATE_HOME": str(tmp_path),
-    }  # fmt: skip
-
-    def invoke(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "invoke", *words],
-            cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
-
+    invoke = invoking({"BAKEHOUSE_CONFIG": str(tmp_path / "bakehouse.yaml"), "XDG_STATE_HOME": str(tmp_path)})
     done = invoke("cluster.up", "kubernetes", "--image", image.tag)
     assert done.returncode == 0, done.stderr
     assert f"invoke boot {image.tag} --join" in done.stdout

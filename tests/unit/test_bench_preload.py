@@ -101,12 +101,8 @@ class World:
     def boot(self, image: Path, **options: Any) -> Iterator[Any]:
         self.boots.append((image, options))
 
-        def wait(what: str, fact: Any, seconds: float) -> None:
-            while not fact():
-                pass
-
         yield SimpleNamespace(
-            started=0.0, console=SimpleNamespace(lines=[SimpleNamespace(at=90.0)]), wait=wait,
+            started=0.0, console=SimpleNamespace(lines=[SimpleNamespace(at=90.0)]), check=lambda: None, output=str,
             wait_for_ssh=lambda _: None, ssh=lambda _: subprocess.CompletedProcess([], 0, "1000\n500\n", ""),
         )  # fmt: skip
 
