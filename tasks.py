@@ -378,7 +378,13 @@ def _verify(_context: Context, tag: str, firmware: str = "", verbose: bool = Fal
 
 
 def _verify_host(
-    _context: Context, host: str, platform: str, tag: str = "", report: str = "", json: bool = False
+    _context: Context,
+    host: str,
+    platform: str,
+    tag: str = "",
+    report: str = "",
+    ssh_config: str = "",
+    json: bool = False,
 ) -> None:
     """Ask a node that runs what its testinfra suites ask, over SSH. It changes nothing there.
 
@@ -386,7 +392,7 @@ def _verify_host(
       invoke verify.host --host root@node-1 --platform roce
       invoke verify.host --host debian@node-1 --platform slurm,roce --tag 20261123-5853cc9 --report node-1.xml
     """
-    cli_nodes.verify_host(host, platform=platform, tag=tag, report=report, as_json=json)
+    cli_nodes.verify_host(host, platform=platform, tag=tag, report=report, ssh_config=ssh_config, as_json=json)
 
 
 def _timeline(_context: Context, tag: str, json: bool = False) -> None:
@@ -508,14 +514,14 @@ def _userdata(
     cli_nodes.render_userdata(join, output)
 
 
-def _roce_report(_context: Context, host: str = "", json: bool = False) -> None:
+def _roce_report(_context: Context, host: str = "", ssh_config: str = "", json: bool = False) -> None:
     """Compare a node's RDMA devices with what is wanted, knob by knob, now. Fails where something is not as wanted.
 
     Examples:
       invoke roce.report --host root@node-1
       invoke roce.report                             (this host)
     """
-    cli_roce.report(host, as_json=json)
+    cli_roce.report(host, ssh_config=ssh_config, as_json=json)
 
 
 def _join_token(_context: Context, platform: str, node: str, lifetime: str = "1h") -> None:
@@ -656,6 +662,7 @@ WHAT = PLATFORM | {
     "format": "image files to make in place of the manifest's: qcow2, raw, or both with a comma",
 }
 JSON = {"json": "print JSON"}
+SSH = {"ssh_config": "an ssh_config(5) in place of your own"}
 CLOUD = {
     "cloud": "a cloud of clouds.yaml; OS_CLOUD, or 'cloud' in bakehouse.yaml, by default",
     "region": "one of the cloud's regions",
@@ -726,6 +733,7 @@ verify.add_task(
         _verify_host,
         name="host",
         help=JSON
+        | SSH
         | {
             "host": "the node, as ssh takes it, such as root@node; another user needs sudo without a password",
             "platform": "slurm, kubernetes, roce or bare-metal; several with commas between",
@@ -846,7 +854,12 @@ roce.add_task(
     command(
         _roce_report,
         name="report",
-        help=JSON | {"host": "the node, as ssh takes it, such as root@node-1; this host by default"},
+        help=JSON
+        | SSH
+        | {
+            "host": "the node, as ssh takes it, such as root@node-1; another user needs sudo without a password; "
+            "this host by default"
+        },
     )
 )
 cluster = Collection("cluster")

@@ -33,7 +33,7 @@ from bakehouse.run import Log
 from bakehouse.settings import Settings
 from bakehouse.slurm import Authentication
 from bakehouse.store import LocalStore
-from bakehouse.terminal import console, errors, open_site, parse_size, print_json
+from bakehouse.terminal import console, errors, existing_file, open_site, parse_size, print_json
 from bakehouse.yamlfile import did_you_mean
 
 PLATFORMS = ("slurm", "kubernetes")
@@ -94,16 +94,17 @@ def verify(tag: str, *, firmware: str, verbose: bool, as_json: bool) -> None:
         raise failure(found, store)
 
 
-def verify_host(host: str, *, platform: str, tag: str, report: str, as_json: bool) -> None:
+def verify_host(host: str, *, platform: str, tag: str, report: str, ssh_config: str, as_json: bool) -> None:
     """Ask a node that runs what its suites ask, and print what does not hold."""
     settings, store, _ = open_site()
     subjects = [_one_of("--platform", name.strip(), SUBJECTS) for name in platform.split(",")]
     suites = verification.Suites((verification.OWN_SUITES, *settings.image_tests)).of_names(["node", *subjects])
     record = store.get(tag) if tag else None
+    config = existing_file("--ssh-config", ssh_config) if ssh_config else None
     with tempfile.TemporaryDirectory(prefix="bakehouse-suite-") as folder:
         file = Path(report).absolute() if report else Path(folder, "suite.xml")
         with errors.status(f"asking {host}"):
-            facts = verification.ask_host(host, suites, record, file)
+            facts = verification.ask_host(host, suites, record, file, ssh_config=config)
     failed = [fact for fact in facts if not fact.passed]
     if as_json:
         print_json([fact.model_dump(mode="json") for fact in facts])

@@ -9,14 +9,14 @@ from rich.table import Table
 
 from bakehouse import roce
 from bakehouse.errors import BakehouseError
-from bakehouse.terminal import console, print_json
+from bakehouse.terminal import console, existing_file, print_json
 
 COLOURS = {"applied": "green", "already right": "green", "not supported": "yellow", "failed": "bold red"}
 
 
-def report(host: str, *, as_json: bool) -> None:
+def report(host: str, *, ssh_config: str, as_json: bool) -> None:
     """Show how a node's RDMA devices compare with what is wanted; fail where something is not as wanted."""
-    found = roce.report(host)
+    found = roce.report(host, ssh_config=str(existing_file("--ssh-config", ssh_config)) if ssh_config else "")
     if as_json:
         print_json(json.loads(found.text))
     else:

@@ -21,6 +21,10 @@ NOT_FOUND, CONFIG_WRONG, SSH_FAILED = 127, 2, 255
 """Exit statuses of a shell, of the tool, and of ssh."""
 
 
+AS_ROOT = '[ "$(id -u)" = 0 ] && root= || root="sudo -n"; exec $root'
+"""Put before a command for a shell of any user."""
+
+
 @dataclass(frozen=True)
 class Knob:
     """One setting of an RDMA device, or of the machine that it is in."""
@@ -91,20 +95,23 @@ def check(text: str) -> None:
         raise BakehouseError(lines, hint="docs/roce.md has all settings and what they may be")
 
 
-def report(host: str = "", timeout: float = 120) -> Report:
+def report(host: str = "", timeout: float = 120, *, ssh_config: str = "") -> Report:
     """Have a node compare its RDMA devices with what is wanted.
 
     Args:
-        host: as ssh takes it, such as ``root@node``; empty: this host.
+        host: as ssh takes it, such as ``root@node``; empty: this host. Another user needs sudo without a password.
         timeout: seconds.
+        ssh_config: an ssh_config(5) in place of the user's own.
 
     Raises:
         BakehouseError: the node cannot be reached, has no such tool, or its configuration is wrong.
     """
     if host and not re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.@:%-]*", host):
         raise BakehouseError(f"--host {host!r} is no host", hint="such as root@node-1")
-    prefix = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", host] if host else []
-    command = [*prefix, "bakehouse-roce", "report", "--json"]
+    command = ["bakehouse-roce", "report", "--json"]
+    if host:
+        config = ["-F", ssh_config] if ssh_config else []
+        command = ["ssh", *config, "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", host, AS_ROOT, *command]
     where = host or "this host"
     try:
         done = subprocess.run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -80,6 +81,18 @@ def parse_size(text: str, what: str) -> int:
     if size is None:
         raise BakehouseError(f"{what} {text}: it is a size such as 512MiB or 4GiB")
     return size
+
+
+def existing_file(option: str, name: str) -> Path:
+    """Return the absolute path of a file that an option names.
+
+    Raises:
+        BakehouseError: it is not there.
+    """
+    path = Path(name).expanduser().absolute()
+    if not path.is_file():
+        raise BakehouseError(f"{option} {name} is no file", hint="a relative path starts at the folder that you are in")
+    return path
 
 
 def open_site() -> tuple[site.Settings, LocalStore, BaseCache]:

@@ -524,7 +524,9 @@ def _reboot(node: Machine) -> float:
     return reset
 
 
-def ask_host(host_name: str, suites: list[Path], record: Record | None, report: Path) -> list[Check]:
+def ask_host(
+    host_name: str, suites: list[Path], record: Record | None, report: Path, *, ssh_config: Path | None = None
+) -> list[Check]:
     """Run testinfra suites against a real node, over SSH as the user's own configuration has it.
 
     Args:
@@ -532,6 +534,7 @@ def ask_host(host_name: str, suites: list[Path], record: Record | None, report: 
         suites: files.
         record: of its image, where it is known.
         report: the file to write, in JUnit's form.
+        ssh_config: an ssh_config(5) in place of the user's own.
 
     Returns:
         A check for each fact; those that do not apply are left out.
@@ -540,13 +543,14 @@ def ask_host(host_name: str, suites: list[Path], record: Record | None, report: 
         BakehouseError: the suites could not be run at all: the node does not answer, for one.
     """
     user = host_name.rpartition("@")[0]
-    sudo = [] if user == "root" else ["--sudo"]
+    options = [f"--hosts=ssh://{host_name}", *([] if user == "root" else ["--sudo"])]
+    if ssh_config:
+        options.append(f"--ssh-config={ssh_config}")
     with tempfile.TemporaryDirectory(prefix="bakehouse-suite-") as name:
-        known: list[str | Path] = []
         if record:
             (Path(name) / FILE_NAME).write_text(record.model_dump_json())
-            known = [f"--record={Path(name) / FILE_NAME}"]
-        done = _pytest([], suites, [f"--hosts=ssh://{host_name}", *sudo, *known], report)
+            options.append(f"--record={Path(name) / FILE_NAME}")
+        done = _pytest([], suites, options, report)
     return _facts(done, report)
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,12 +63,12 @@ def bake(settings: Settings, name: str = "slurm", **options: bool) -> tuple[Reco
 Invoke = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def invoking(environment: dict[str, str]) -> Invoke:
-    """Return what runs a task as people do, with variables beside those that there are."""
+def invoking(environment: dict[str, str], prefix: Sequence[str] = ()) -> Invoke:
+    """Return what runs a task as people do, with variables beside those that there are, and after a prefix."""
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "invoke", *words],
+            [*prefix, sys.executable, "-m", "invoke", *words],
             cwd=REPOSITORY, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
 

@@ -14,13 +14,14 @@ from rich.console import Console
 from bakehouse import cluster, verify, verify_roce, waiting
 from bakehouse.harness import BootMachine
 from bakehouse.machine import Machine
+from bakehouse.network import Network
 from bakehouse.record import Record
 from bakehouse.run import Log
 from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
 from bakehouse.verify import JOIN_SECONDS, wait_for_join
 from bakehouse.verify_roce import DEVICE, MTU, RoceTrial, captured, report
-from tests.integration.conftest import bake
+from tests.integration.conftest import bake, invoking
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +39,7 @@ def pair(roce_image: Record, real_settings: Settings, tmp_path: Path) -> Iterato
 
 
 def test_two_nodes_reach_each_other_by_rdma(
-    roce_image: Record, real_settings: Settings, pair: RoceTrial, boot_machine: BootMachine
+    roce_image: Record, real_settings: Settings, pair: RoceTrial, boot_machine: BootMachine, tmp_path: Path
 ) -> None:
     """What verify tries, without the reboot and the suites, and how a node takes changes."""
     node = boot_machine(
@@ -51,6 +52,7 @@ def test_two_nodes_reach_each_other_by_rdma(
     said = verify.agents_status(node)
     assert (said["state"], said["platform"], list(said["roce"])) == ("joined", "roce", [DEVICE])
     assert "SecureBoot disabled" in node.ssh("mokutil --sb-state").stdout
+    operators_ask_it_over_ssh(pair.network, node, tmp_path)
     a_setting_that_was_lost_shows(node)
     a_setting_that_is_not_there_is_never_silent(node)
     a_changed_configuration_is_applied(node)
@@ -67,6 +69,23 @@ def wait_for(node: Machine, what: str, fact: Callable[[], bool]) -> None:
 def knob(node: Machine, name: str) -> dict[str, Any]:
     (found,) = (each for each in report(node) if each["knob"] == name)
     return dict(found)
+
+
+def operators_ask_it_over_ssh(network: Network, node: Machine, folder: Path) -> None:
+    """As with any node of theirs: by a name and an ssh_config(5), as a user who is not root."""
+    config = folder / "ssh_config"
+    config.write_text(f"Host metal-1\n  HostName {node.login.host}\n{node.login.config(folder)}")
+    reach = ["--host", f"{node.login.user}@metal-1", "--ssh-config", str(config)]
+    ask = invoking({}, prefix=network.only_network)
+    junit = folder / "metal-1.xml"
+    done = ask("verify.host", *reach, "--platform", "roce,bare-metal", "--report", str(junit), "--json")
+    facts = json.loads(done.stdout)
+    assert (done.returncode, [fact for fact in facts if not fact["passed"]]) == (0, []), done.stderr
+    assert {fact["name"].partition(":")[0] for fact in facts} == {"node", "bare metal", "roce"}
+    assert junit.stat().st_size > 0
+    done = ask("roce.report", *reach, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [device["device"] for device in json.loads(done.stdout)["devices"]] == [DEVICE]
 
 
 TOS = f"/sys/kernel/config/rdma_cm/{DEVICE}/ports/1/default_roce_tos"

@@ -179,7 +179,7 @@ def bake_elsewhere(site: Site) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def wait_for(path: Path, seconds: float = 30) -> None:
+def wait_for(path: Path, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"

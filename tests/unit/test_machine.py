@@ -415,7 +415,7 @@ def test_a_machine_that_does_not_answer_to_its_power_button_is_switched_off(runn
 
 def test_a_machine_that_does_not_care_for_sigterm_is_killed(bench: Bench) -> None:
     program = bench.folder / "bin" / "qemu-system-x86_64"
-    program.write_text(program.read_text().replace("exec sleep", "trap '' TERM; exec sleep"))
+    program.write_text(program.read_text().replace("#!/bin/bash\n", "#!/bin/bash\ntrap '' TERM\n"))
     with bench.boot() as made:
         made.wait_for_console("start", "Linux", 5)
         waited = made._process.wait

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import io
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -515,7 +516,12 @@ def test_a_file_that_cannot_be_read_is_no_fault_of_the_network(
 
 
 def test_a_check_that_hangs_is_ended(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upload, "CHECK_SECONDS", 0.0001)
+    hangs = publisher.folder / "bin" / "qemu-img"
+    hangs.parent.mkdir()
+    hangs.write_text("#!/bin/sh\nexec sleep 1000\n")
+    hangs.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{hangs.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(upload, "CHECK_SECONDS", 0.05)
     with pytest.raises(BakehouseError, match="qemu-img says nothing"):
         publisher.publish()
 

@@ -172,7 +172,7 @@ def node(invoke: Tasks, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     program(
         invoke.folder,
         "ssh",
-        'while [ "$1" != -- ]; do shift; done; echo "$2" >>"$BAKEHOUSE_ROOT/fake/ssh"; shift 2; exec "$@"',
+        'echo "$@" >>"$BAKEHOUSE_ROOT/fake/ssh"; while [ "$1" != -- ]; do shift; done; shift 2; exec sh -c "$*"',
     )
     monkeypatch.setenv("PATH", f"{invoke.folder}/bin:{made.environment['PATH']}")
     return made
@@ -184,7 +184,7 @@ def test_a_nodes_report_is_shown(invoke: Tasks, node: Kernel) -> None:
     assert node.load().main(["apply"]) == 0
     done = invoke.run("roce.report", "--host", "root@node-1")
     assert (done.status, done.err) == (0, "")
-    assert node.read("fake/ssh") == "root@node-1"
+    assert " -- root@node-1 " in node.read("fake/ssh")
     assert "rxe0 (rxe) on eth0" in done.out
     assert "left alone: its ports are InfiniBand, not Ethernet" in done.out
     assert "Attribute read: Operation not" in done.out
@@ -208,6 +208,19 @@ def test_what_is_not_as_wanted_is_a_failure(invoke: Tasks, node: Kernel) -> None
     assert done.status == 1
     (device,) = json.loads(done.out)["devices"]
     assert device["device"] == "mlx5_0"
+
+
+def test_another_user_asks_by_sudo_and_another_configuration_of_ssh_is_taken(invoke: Tasks, node: Kernel) -> None:
+    program(invoke.folder, "id", "echo 1000")
+    program(invoke.folder, "sudo", 'printf "%s\\n" "$*" >"$BAKEHOUSE_ROOT/fake/sudo"; shift; exec "$@"')
+    (invoke.folder / "config").touch()
+    done = invoke.run("roce.report", "--host", "debian@node-1", f"--ssh-config={invoke.folder}/config")
+    assert (done.status, done.err) == (0, "")
+    assert node.read("fake/sudo").strip() == "-n bakehouse-roce report --json"
+    assert node.read("fake/ssh").startswith(f"-F {invoke.folder}/config -o BatchMode=yes")
+    done = invoke.run("roce.report", "--host", "debian@node-1", "--ssh-config=none")
+    assert done.status == 1
+    assert "--ssh-config none is no file" in done.err
 
 
 def test_a_node_without_devices(invoke: Tasks, node: Kernel) -> None:
