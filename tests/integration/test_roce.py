@@ -180,8 +180,9 @@ def test_slurm_jobs_move_data_by_rdma(real_settings: Settings, tmp_path: Path, b
             done = made.controller.run("srun", "--nodes=2", "--ntasks=2", "bash", "-c", WRITE, timeout=COMMAND_SECONDS)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("unlimited") == 2
-        assert {tos for _, tos, _ in seen} == {106}
-        assert sum(count for _, _, count in seen) > 5 * 65536 // MTU, "it went by RDMA"
+        data = [packets for packets in seen if not packets.management]
+        assert {packets.tos for packets in data} == {106}
+        assert sum(packets.number for packets in data) > 5 * 65536 // MTU, "it went by RDMA"
         said = json.loads(nodes[0].ssh("bakehouse-agent status --json").stdout)
         assert (said["state"], said["platform"], list(said["roce"])) == ("joined", "slurm", [DEVICE])
 
