@@ -25,6 +25,8 @@ SlurmctldPort={port}
 SlurmUser=slurm
 SlurmctldParameters=enable_configless
 MaxNodeCount=1024
+# Jobs lock as much memory as their nodes allow, not as little as where they were submitted: RDMA needs it.
+PropagateResourceLimitsExcept=MEMLOCK
 # A node that comes back after it was lost is used again.
 ReturnToService=2
 TreeWidth=65533
