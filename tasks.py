@@ -10,7 +10,7 @@ from typing import Any
 
 from invoke import Collection, Context, Exit, task
 
-from bakehouse import cli, cli_cloud, cli_images, cli_nodes, cli_openstack, cli_roce, terminal
+from bakehouse import cli, cli_bootstrap, cli_cloud, cli_images, cli_nodes, cli_openstack, cli_roce, terminal
 from bakehouse import userdata as users_data
 from bakehouse.errors import BakehouseError
 
@@ -468,6 +468,8 @@ def _userdata(
     ssh_key: list[str] = [],  # noqa: B006
     roce: str = "",
     devices: int = 1,
+    bundle: str = "",
+    bundle_url: str = "",
     output: str = "",
 ) -> None:
     r"""Print cloud-init user-data that brings a node into its cluster. Secrets come from files, never from flags.
@@ -481,9 +483,19 @@ def _userdata(
       invoke userdata --platform kubernetes --api-server api.example.org:6443 --ca-hash sha256:0123... \
           --key-file token --label zone=a --taint gpu=yes:NoSchedule --output nodes.yaml
       invoke userdata --platform roce --devices 2 --roce roce.yaml --output nodes.yaml
+      invoke userdata --path bootstrap --bundle slurm-71d3947.tar.gz --bundle-url https://web/slurm-71d3947.tar.gz \
+          --controller ctl.example.org --key-file /etc/munge/munge.key --output nodes.yaml
     """
     shared = cli_nodes.Shared(
-        path=path, node=node, key_file=key_file, broker=broker, ca=ca, token_file=token_file, ssh_keys=ssh_key
+        path=path,
+        node=node,
+        key_file=key_file,
+        broker=broker,
+        ca=ca,
+        token_file=token_file,
+        ssh_keys=ssh_key,
+        bundle=bundle,
+        bundle_url=bundle_url,
     )
     join: users_data.Join | users_data.KubernetesJoin | users_data.RoceJoin
     if platform == "roce":
@@ -512,6 +524,24 @@ def _userdata(
             roce=roce,
         )
     cli_nodes.render_userdata(join, output)
+
+
+def _bootstrap_bundle(_context: Context, platform: str, output: str = "", json: bool = False) -> None:
+    """Write the bundle that makes plain nodes those of a platform at boot: definition, files and Ansible play.
+
+    The same definition gives the same bytes.
+
+    Example: invoke bootstrap.bundle --platform slurm
+    """
+    cli_bootstrap.bundle(platform, output, as_json=json)
+
+
+def _bootstrap_push(_context: Context, platform: str, host: str, ssh_config: str = "") -> None:
+    """Make a running plain node one of a platform, over SSH. A node that is so already is not changed.
+
+    Example: invoke bootstrap.push --platform slurm --host root@node-1
+    """
+    cli_bootstrap.push(platform, host, ssh_config=ssh_config)
 
 
 def _roce_report(_context: Context, host: str = "", ssh_config: str = "", json: bool = False) -> None:
@@ -748,7 +778,9 @@ userdata = command(
     iterable=["controller", "feature", "ssh_key", "ca_hash", "label", "taint"],
     help={
         "platform": "the platform: slurm, kubernetes or roce",
-        "path": "how the node comes to be: bake",
+        "path": "how the node comes to be: bake, or bootstrap, of a plain image",
+        "bundle": "with the path bootstrap: the file that bootstrap.bundle wrote",
+        "bundle-url": "where nodes fetch it",
         "node": "the node's name; by default the one that its cloud gives it",
         "controller": "HOST or HOST:PORT of slurmctld; may be repeated",
         "authentication": "munge, or slurm for Slurm's own auth/slurm",
@@ -848,6 +880,23 @@ join.add_task(
 join.add_task(command(_join_tokens, name="tokens", help=JSON))
 join.add_task(
     command(_join_revoke, name="revoke", positional=["which"], help={"which": "a node's name, or a token's id"})
+)
+bootstrap = Collection("bootstrap")
+bootstrap.add_task(
+    command(
+        _bootstrap_bundle,
+        name="bundle",
+        help=PLATFORM | JSON | {"output": "the file; by default named after the definition, in the current folder"},
+    )
+)
+bootstrap.add_task(
+    command(
+        _bootstrap_push,
+        name="push",
+        help=PLATFORM
+        | SSH
+        | {"host": "the node, as ssh takes it, such as root@node-1; another user needs sudo without a password"},
+    )
 )
 roce = Collection("roce")
 roce.add_task(
@@ -977,4 +1026,5 @@ openstack.add_task(command(_openstack_status, name="status", help=JSON), default
 namespace = Collection(
     bake, plan, doctor, settings, test, boot, verify, userdata, manifests, images, cache, bench, join, cluster,
     publish, promote, rollback, channels, prune, resolve, pin, sign, openstack, roce,
+    bootstrap,
 )  # fmt: skip

@@ -103,11 +103,10 @@ class Chroot:
         self.write("usr/sbin/policy-rc.d", "#!/bin/sh\nexit 101\n")
         self.path("usr/sbin/policy-rc.d").chmod(0o755)
         # With the host's network and names: the private network leads nowhere.
-        outside = ["nsenter", f"--target={self.network.pid}", "--mount", "--pid", "--", "chroot", str(self.root)]
         self.write("run/systemd/resolve/stub-resolv.conf", Path("/etc/resolv.conf").read_text())
         script = 'apt-get update -qq && apt-get install -qq --yes --no-install-recommends "$@"'
         done = subprocess.run(
-            [*outside, "sh", "-c", script, "sh", *packages],
+            [*self.network.but_for_network, "chroot", str(self.root), "sh", "-c", script, "sh", *packages],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive", "LANG": "C.UTF-8"},
         )  # fmt: skip
@@ -117,9 +116,17 @@ class Chroot:
                 log=(done.stdout + done.stderr)[-3000:],
             )  # fmt: skip
 
-    def daemon(self, name: str, command: list[str]) -> None:
-        """Start a daemon in it. What it says is in log()."""
-        self._daemons[name] = self.network.start(["chroot", self.root, *command], FOLDER / f"{name}.log")
+    def daemon(self, name: str, command: list[str], *, outside: bool = False) -> None:
+        """Start a daemon in it. What it says is in log().
+
+        Args:
+            name: of the program.
+            command: with its arguments.
+            outside: with the host's network.
+        """
+        prefix = self.network.but_for_network if outside else self.network.everything
+        command = ["chroot", str(self.root), *command]
+        self._daemons[name] = self.network.start(command, FOLDER / f"{name}.log", prefix=prefix)
 
     def has_daemon(self, name: str) -> bool:
         """Say whether a daemon was started and not killed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import re
 import shlex
 import stat
@@ -216,6 +217,21 @@ class Shared:
     ca: str
     token_file: str
     ssh_keys: list[str]
+    bundle: str = ""
+    """The file of a bundle, for the path bootstrap."""
+    bundle_url: str = ""
+
+    def bundled(self) -> userdata.Bundle | None:
+        """Return the bundle, where one is given."""
+        if bool(self.bundle) != bool(self.bundle_url):
+            raise BakehouseError(
+                "--bundle and --bundle-url go together",
+                hint="the file that `invoke bootstrap.bundle` wrote, and where nodes will fetch it",
+            )
+        if not self.bundle:
+            return None
+        sha256 = hashlib.sha256(_bytes_of("--bundle", self.bundle)).hexdigest()
+        return userdata.Bundle(self.bundle_url, sha256)
 
     def from_broker(self) -> userdata.Broker | None:
         """Return the broker, where one is given."""
@@ -259,6 +275,7 @@ def slurm_join(
         key=_bytes_of("--key-file", shared.key_file) if shared.key_file else None,
         broker=shared.from_broker(),
         ssh_keys=shared.public_keys(),
+        bundle=shared.bundled(),
         roce=_text_of("--roce", roce) if roce else "",
     )
 
@@ -276,6 +293,7 @@ def roce_join(shared: Shared, *, devices: int, roce: str) -> userdata.RoceJoin:
         node=shared.node,
         roce=_text_of("--roce", roce) if roce else "",
         ssh_keys=shared.public_keys(),
+        bundle=shared.bundled(),
     )
 
 
@@ -306,6 +324,7 @@ def kubernetes_join(
         bootstrap_token=_text_of("--key-file", shared.key_file).strip() if shared.key_file else "",
         broker=shared.from_broker(),
         ssh_keys=shared.public_keys(),
+        bundle=shared.bundled(),
     )
 
 

@@ -42,13 +42,22 @@ class Cluster:
     controller: Controller
     broker: Broker
 
-    def join(self, node: str, *, inline: bool = False) -> userdata.Join:
-        """Return what a node needs to know to join: with a token made for it, or with the key itself inline."""
+    def join(self, node: str, *, inline: bool = False, bundle: userdata.Bundle | None = None) -> userdata.Join:
+        """Return what a node needs to know to join.
+
+        Args:
+            node: its name.
+            inline: with the key itself inline; else with a token made for it.
+            bundle: what it is made of first, where it is a plain one.
+        """
+        path = "bootstrap" if bundle else "bake"
         return userdata.Join(
             (self.controller.address,),
+            path=path,
+            bundle=bundle,
             authentication=self.controller.authentication,
             node=node,
-            features=("bake",),
+            features=(path,),
             key=self.controller.key if inline else None,
             broker=None if inline else self.broker.offer(node),
         )

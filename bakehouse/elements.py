@@ -140,7 +140,7 @@ def packages(elements: tuple[Element, ...], path: str, environment: dict[str, st
     with tempfile.NamedTemporaryFile(prefix="bakehouse-packages-") as result:
         done = subprocess.run(
             [sys.executable, script, f"--elements={' '.join(e.name for e in elements)}", f"--path={path}", result.name],
-            env={**os.environ, "ARCH": "amd64", **_defaults(elements, environment)},
+            env={**os.environ, "ARCH": "amd64", **with_defaults(elements, environment)},
             capture_output=True,
             text=True,
             check=False,
@@ -162,8 +162,8 @@ def packages(elements: tuple[Element, ...], path: str, environment: dict[str, st
     return tuple(Package(name, element, phase) for names, element, phase in sorted(found) for name in names.split())
 
 
-def _defaults(elements: tuple[Element, ...], environment: dict[str, str]) -> dict[str, str]:
-    """Return the environment after the elements' ``environment.d`` files, which hold their defaults."""
+def with_defaults(elements: tuple[Element, ...], environment: dict[str, str]) -> dict[str, str]:
+    """Return an environment after the elements' ``environment.d`` files, which hold their defaults."""
     files = sorted((f for e in elements for f in (e.path / "environment.d").glob("*")), key=lambda f: f.name)
     script = 'for file; do source "$file"; done >/dev/null 2>&1; env -0'
     done = subprocess.run(

@@ -91,6 +91,11 @@ class Network:
         """What to put before a command so that it runs in the place: network, mounts, processes."""
         return ["nsenter", f"--target={self.pid}", "--mount", "--net", "--pid", "--"]
 
+    @property
+    def but_for_network(self) -> list[str]:
+        """What to put before a command so that it runs in the place, with the host's network."""
+        return ["nsenter", f"--target={self.pid}", "--mount", "--pid", "--"]
+
     def path(self, inside: Path) -> Path:
         """Return how the host reaches a file that only the place sees."""
         return Path(f"/proc/{self.pid}/root") / inside.relative_to("/")
@@ -104,7 +109,12 @@ class Network:
         run.run([*self.everything, *command], self.log, environment=run.build_environment(environment or {}))
 
     def start(
-        self, command: Sequence[str | Path], output: Path, environment: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str | Path],
+        output: Path,
+        environment: Mapping[str, str] | None = None,
+        *,
+        prefix: Sequence[str] = (),
     ) -> subprocess.Popen[bytes]:
         """Start a program in the place. It ends when the place does.
 
@@ -112,12 +122,13 @@ class Network:
             command: the program and its arguments.
             output: a file in the place for what it says.
             environment: variables beside those that builds see (see run.PASSED_ON).
+            prefix: in place of ``everything``, what part of the place it sees.
         """
         words = [str(word) for word in command]
         self.log.write(f"$ {' '.join(words)} &")
         with self.path(output).open("ab") as file:
             process = subprocess.Popen(
-                [*self.everything, *words],
+                [*(prefix or self.everything), *words],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                 env=run.build_environment(environment or {}), start_new_session=True,
             )  # fmt: skip

@@ -21,6 +21,7 @@ from bakehouse import REPOSITORY, roce
 from bakehouse.errors import BakehouseError
 
 TEMPLATES = REPOSITORY / "bootstrap" / "cloud-init"
+PLAY = REPOSITORY / "bootstrap" / "ansible"
 
 LIMIT = 16 * 1024
 """Bytes. OpenStack takes 64 KiB of base64, other clouds 16 KiB."""
@@ -79,6 +80,31 @@ class Broker:
 
 
 @dataclass(frozen=True)
+class Bundle:
+    """What a plain node is made of at boot: a definition that definition.write_bundle() wrote.
+
+    Raises:
+        BakehouseError: a value is not of its form.
+    """
+
+    url: str
+    """Where nodes fetch it."""
+    sha256: str
+    """Of the file, in hexadecimal digits: nothing else is applied."""
+
+    def __post_init__(self) -> None:
+        # It stands in a file of variables for systemd, without quotes.
+        if not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]@_~/?&=+%-]+", self.url) or not urlsplit(self.url).hostname:
+            raise BakehouseError(
+                f"{self.url!r} is not where a bundle can be", hint="https://HOST/PATH, such as https://web/slurm.tar.gz"
+            )
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise BakehouseError(
+                f"{self.sha256!r} is not a SHA-256", hint="64 hexadecimal digits, as sha256sum says it"
+            )
+
+
+@dataclass(frozen=True)
 class Join:
     """How a node joins a cluster.
 
@@ -101,6 +127,8 @@ class Join:
     broker: Broker | None = None
     ssh_keys: tuple[str, ...] = ()
     """Public keys that may log in as the image's default user."""
+    bundle: Bundle | None = None
+    """For the path bootstrap: what makes a plain node one of the platform."""
     roce: str = ""
     """The text of roce.yaml, for a node with RDMA devices."""
 
@@ -110,7 +138,7 @@ class Join:
         return "slurm"
 
     def __post_init__(self) -> None:
-        _check_path(self.path)
+        _check_path(self.path, self.bundle)
         roce.check(self.roce)
         if self.authentication not in KEY_NAMES:
             raise BakehouseError(f"{self.authentication!r} is no way to authenticate", hint="munge or slurm")
@@ -185,6 +213,8 @@ class KubernetesJoin:
     """Where a fresh bootstrap token is to be had; with both it is taken where the first has expired."""
     ssh_keys: tuple[str, ...] = ()
     """Public keys that may log in as the image's default user."""
+    bundle: Bundle | None = None
+    """For the path bootstrap: what makes a plain node one of the platform."""
 
     @property
     def platform(self) -> str:
@@ -192,7 +222,7 @@ class KubernetesJoin:
         return "kubernetes"
 
     def __post_init__(self) -> None:
-        _check_path(self.path)
+        _check_path(self.path, self.bundle)
         _check_node(self.node)
         _check_controller(self.api_server, "API server", 6443)
         if not self.ca_hashes and not self.discovery_file:
@@ -241,6 +271,8 @@ class RoceJoin:
     """The text of roce.yaml; without one the defaults hold."""
     ssh_keys: tuple[str, ...] = ()
     """Public keys that may log in as the image's default user."""
+    bundle: Bundle | None = None
+    """For the path bootstrap: what makes a plain node one of the platform."""
 
     @property
     def platform(self) -> str:
@@ -248,7 +280,7 @@ class RoceJoin:
         return "roce"
 
     def __post_init__(self) -> None:
-        _check_path(self.path)
+        _check_path(self.path, self.bundle)
         _check_node(self.node)
         if not 1 <= self.devices <= MOST_DEVICES:
             raise BakehouseError(f"a node cannot have {self.devices} RDMA devices", hint=f"1 to {MOST_DEVICES}")
@@ -283,7 +315,13 @@ def render(join: Join | KubernetesJoin | RoceJoin) -> str:
     environment.filters["quoted"] = quoted
     template = environment.get_template(f"{join.platform}.yaml.j2")
     key_name = KEY_NAMES[join.authentication] if isinstance(join, Join) else ""
-    text = template.render(join=join, audience=join.audience, key_name=key_name)
+    text = template.render(
+        join=join,
+        audience=join.audience,
+        key_name=key_name,
+        bootstrap_script=(PLAY / "bakehouse-bootstrap").read_text(encoding="utf-8"),
+        bootstrap_unit=(PLAY / "bakehouse-bootstrap.service").read_text(encoding="utf-8"),
+    )
     size = len(text.encode())
     if size >= LIMIT:
         raise BakehouseError(
@@ -380,9 +418,15 @@ def schema_check(prefix: Sequence[str], text: str, timeout: float = 300) -> None
         raise BakehouseError("cloud-init does not take the user-data", log=said[-2000:])
 
 
-def _check_path(path: str) -> None:
-    if path != "bake":
-        raise BakehouseError(f"user-data for the path {path!r} comes later", hint="there is: bake")
+def _check_path(path: str, bundle: Bundle | None) -> None:
+    if path not in {"bake", "bootstrap"}:
+        raise BakehouseError(f"user-data for the path {path!r} comes later", hint="there are: bake, bootstrap")
+    if path == "bootstrap" and bundle is None:
+        raise BakehouseError(
+            "the path bootstrap needs a bundle", hint="make one with: invoke bootstrap.bundle --platform slurm"
+        )
+    if path != "bootstrap" and bundle is not None:
+        raise BakehouseError(f"the path {path} takes no bundle: the image has all of it", hint="--path bootstrap")
 
 
 def _check_node(name: str) -> None:

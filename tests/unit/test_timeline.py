@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import subprocess
 from dataclasses import dataclass
@@ -145,6 +146,18 @@ def booted(guest: GuestFacts = FACTS) -> Timeline:
 
 def at(found: Timeline) -> dict[str, float]:
     return {moment.name: moment.seconds for moment in found.moments}
+
+
+def test_a_bootstrap_has_moments_and_spans() -> None:
+    said = "--- bootstrap\n9.50 started\n11.25 bundle\nnonsense\n60.00 applied\n"
+    found = booted(dataclasses.replace(FACTS, bootstrap=GuestFacts.parse(said).bootstrap))
+    assert {name: at(found)[f"bootstrap {name}"] for name in ("started", "bundle", "applied")} == {
+        "started": 12.75, "bundle": 14.5, "applied": 63.25,
+    }  # fmt: skip
+    assert [span for span in spans(found) if span.name.startswith("bootstrap")] == [
+        ("bootstrap: bundle", 12.75, 14.5),
+        ("bootstrap: applied", 14.5, 63.25),
+    ]
 
 
 def test_all_moments_of_a_boot_are_on_one_clock() -> None:

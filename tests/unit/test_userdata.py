@@ -218,7 +218,7 @@ def test_a_controller_that_cannot_be_one_is_refused(controller: str) -> None:
     ("given", "message"),
     [
         ({"controllers": ()}, "no controller is given"),
-        ({"path": "bootstrap"}, "the path 'bootstrap' comes later"),
+        ({"path": "bootstrap"}, "the path bootstrap needs a bundle"),
         ({"path": "hybrid"}, "the path 'hybrid' comes later"),
         ({"authentication": "none"}, "'none' is no way to authenticate"),
         ({"node": "node-1.example.org"}, "'node-1.example.org' cannot be a node's name"),
@@ -335,3 +335,49 @@ def test_cloud_inits_no_is_an_error_with_its_words(tmp_path: Path, script: str) 
 def test_a_missing_cloud_init_is_named() -> None:
     with pytest.raises(BakehouseError, match="no-such-program is not there"):
         userdata.schema_check(["no-such-program"], "#cloud-config\n")
+
+
+BUNDLE = userdata.Bundle("https://web.example.org/bundles/slurm.tar.gz?a=1&b=%20", "a" * 64)
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        userdata.Join(("ctl",), path="bootstrap", bundle=BUNDLE),
+        userdata.KubernetesJoin("api", ca_hashes=(f"sha256:{'a' * 64}",), path="bootstrap", bundle=BUNDLE),
+        userdata.RoceJoin(path="bootstrap", bundle=BUNDLE),
+    ],
+)
+def test_a_plain_node_gets_what_makes_it_one_of_the_platform(
+    join: userdata.Join | userdata.KubernetesJoin | userdata.RoceJoin,
+) -> None:
+    config = yaml.safe_load(userdata.render(join))
+    files = {file["path"]: file for file in config["write_files"]}
+    script = files["/usr/local/sbin/bakehouse-bootstrap"]
+    assert script["content"] == (userdata.PLAY / "bakehouse-bootstrap").read_text(), "as it stands there"
+    assert script["permissions"] == "0755"
+    assert files["/etc/bakehouse/bootstrap.env"]["content"] == f"URL={BUNDLE.url}\nSHA256={BUNDLE.sha256}\n"
+    assert files["/etc/bakehouse/bootstrap.env"]["permissions"] == "0600"
+    assert files["/etc/systemd/system/bakehouse-bootstrap.service"]
+    assert yaml.safe_load(files["/etc/bakehouse/join.yaml"]["content"])["platform"] == join.platform
+    assert ["systemctl", "enable", "--now", "--no-block", "bakehouse-bootstrap.service"] in config["runcmd"]
+
+
+@pytest.mark.parametrize(
+    ("url", "sha256", "error"),
+    [
+        ("ftp://web/slurm.tar.gz", "a" * 64, "is not where a bundle can be"),
+        ("https://web/slurm.tar.gz\nSHA256=b", "a" * 64, "is not where a bundle can be"),
+        ("https://web/$(id)", "a" * 64, "is not where a bundle can be"),
+        ("https:///slurm.tar.gz", "a" * 64, "is not where a bundle can be"),
+        ("https://web/slurm.tar.gz", "a" * 63, "is not a SHA-256"),
+    ],
+)
+def test_a_bundle_that_cannot_be_one_is_refused(url: str, sha256: str, error: str) -> None:
+    with pytest.raises(BakehouseError, match=re.escape(error)):
+        userdata.Bundle(url, sha256)
+
+
+def test_a_baked_node_needs_no_bundle() -> None:
+    with pytest.raises(BakehouseError, match="takes no bundle"):
+        userdata.Join(("ctl",), bundle=BUNDLE)

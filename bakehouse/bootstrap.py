@@ -1,0 +1,50 @@
+"""The bootstrap path from outside: the play that makes a plain node one of a platform, over SSH."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from bakehouse import definition
+from bakehouse.errors import BakehouseError
+from bakehouse.plan import Plan
+
+
+def push(plan: Plan, host: str, *, ssh_config: Path | None = None) -> None:
+    """Make a running node of the base one of the plan's platform. What Ansible says goes to the terminal.
+
+    A node that is so already is not changed.
+
+    Args:
+        plan: the plan of a platform's image.
+        host: the node, as ssh takes it: [USER@]HOST. Another user than root needs sudo without a password.
+        ssh_config: an ssh_config(5) in place of the user's own.
+
+    Raises:
+        BakehouseError: a step failed, or the node cannot be reached.
+    """
+    user, _, name = host.rpartition("@")
+    with tempfile.TemporaryDirectory(prefix="bakehouse-push-") as temporary:
+        folder = Path(temporary) / "bundle"
+        definition.write_folder(plan, folder)
+        command: list[str | Path] = [
+            Path(sys.executable).with_name("ansible-playbook"), f"--inventory={name},",
+            *([f"--user={user}"] if user else []),
+            *([f"--ssh-common-args=-F {ssh_config}"] if ssh_config else []),
+            "site.yml",
+        ]  # fmt: skip
+        environment = {
+            **os.environ,
+            # Ansible wants a locale with UTF-8, and the node's Python is where Debian puts it.
+            "LC_ALL": "C.UTF-8",
+            "ANSIBLE_PYTHON_INTERPRETER": "/usr/bin/python3",
+        }
+        status = subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+    if status != 0:
+        raise BakehouseError(
+            f"{host} is not a node of {plan.name}: Ansible ended with status {status}",
+            hint="its last lines say why; run it again when that is mended: what was done is not done twice",
+        )

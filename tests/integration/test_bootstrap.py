@@ -1,0 +1,335 @@
+"""The bootstrap path: a plain node is made one of a platform by the real Ansible, from a real mirror.
+
+Containers of the images' roots do it at the host's own speed. A machine with cloud-init is in the long tier.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bakehouse import cluster, container, definition, plan, userdata, waiting
+from bakehouse.cluster import Cluster
+from bakehouse.container import Container
+from bakehouse.harness import BootMachine
+from bakehouse.network import GATEWAY
+from bakehouse.package_mirror import NAME, PackageMirror
+from bakehouse.record import Record
+from bakehouse.run import Log
+from bakehouse.settings import Settings
+from bakehouse.store import LocalStore
+from tests.integration.conftest import bake, host_cache, invoking
+
+pytestmark = pytest.mark.slow
+
+WEB_PORT = 8080
+WEB = "/run/web"
+BUNDLE = "slurm.tar.gz"
+FOLDER = "/var/lib/bakehouse/bootstrap"
+UNIT = "bakehouse-bootstrap.service"
+SECONDS = 300
+"""How long a bootstrap may take on a busy host; it takes half a minute."""
+
+PROXY = "/etc/apt/apt.conf.d/90proxy"
+START = "/etc/systemd/system/multi-user.target.d/bootstrap.conf"
+
+PLAY = (
+    f"cd {FOLDER}/bundle && HOME=/root LC_ALL=C.UTF-8 ANSIBLE_NOCOLOR=1"
+    " ansible-playbook --connection local --inventory localhost, site.yml"
+)
+
+
+@dataclass
+class Site:
+    """A cluster, and what plain nodes need to become its members."""
+
+    slurm: Cluster
+    mirror: PackageMirror
+    base: Path
+    """Roots, mounted in the network's place."""
+    baked: Path
+    bundle: bytes
+
+    def serve(self, content: bytes) -> None:
+        """Put something where nodes fetch the bundle."""
+        path = self.slurm.network.path(Path(WEB))
+        path.mkdir(exist_ok=True)
+        (path / BUNDLE).write_bytes(content)
+
+    @property
+    def wanted(self) -> userdata.Bundle:
+        return userdata.Bundle(f"http://{GATEWAY}:{WEB_PORT}/{BUNDLE}", hashlib.sha256(self.bundle).hexdigest())
+
+    def plain(self, name: str, *, with_bundle: bool = True) -> AbstractContextManager[Container]:
+        """Boot a plain node with what cloud-init would write."""
+        bundle = self.wanted if with_bundle else None
+        files = {**written(self.slurm.join(name, bundle=bundle)), PROXY: (self.proxy, 0o644)}
+        if with_bundle:
+            files[START] = (f"[Unit]\nWants={UNIT}\n", 0o644)
+        return container.boot(self.slurm.network, self.base, name, files=files, layer="4g")
+
+    @property
+    def proxy(self) -> str:
+        return f'Acquire::http::Proxy "{self.mirror.proxy}";\n'
+
+
+def written(join: userdata.Join) -> dict[str, tuple[str, int]]:
+    """Return what cloud-init would write, with modes, by path."""
+    files = yaml.safe_load(userdata.render(join))["write_files"]
+    return {str(file["path"]): (str(file["content"]), int(file["permissions"], 8)) for file in files}
+
+
+@pytest.fixture(scope="module")
+def base_image(real_settings: Settings) -> Record:
+    record, _ = bake(real_settings, "base")
+    return record
+
+
+@pytest.fixture(scope="module")
+def bootstrap_site(
+    baked: Record, base_image: Record, real_settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("bootstrap")
+    store = LocalStore(real_settings.store)
+    definition.write_bundle(plan.make("slurm", real_settings), folder / BUNDLE)
+    with Log(folder / "network.log") as log, cluster.up(store.image(baked), log, cgroups=False) as slurm:
+        slurm.controller.start()
+        base_root, baked_root = (slurm.network.mount_image(store.image(record)) for record in (base_image, baked))
+        mirror = PackageMirror(slurm.network, host_cache() / "apt-cacher-ng")
+        mirror.prepare(baked_root, "trixie", real_settings.mirrors())
+        mirror.start()
+        site = Site(slurm, mirror, base_root, baked_root, (folder / BUNDLE).read_bytes())
+        site.serve(site.bundle)
+        where = ["--bind", str(GATEWAY), "--directory", WEB]
+        slurm.network.start([sys.executable, "-m", "http.server", *where, str(WEB_PORT)], Path("/run/web.log"))
+        yield site
+
+
+def said(node: Container) -> str:
+    """Return what the bootstrap does or waits for."""
+    return node.run("cat", "/run/bakehouse/bootstrap").stdout.strip()
+
+
+def joined(node: Container) -> bool:
+    done = node.run("cat", "/run/bakehouse/status.json")
+    return bool(done.stdout) and json.loads(done.stdout)["state"] == "joined"
+
+
+def wait_until_bootstrapped(node: Container) -> None:
+    node.wait("bootstrap", lambda: said(node) == "applied", SECONDS)
+    node.wait("join", lambda: joined(node), SECONDS)
+
+
+LIST = r"""
+import hashlib, json, os, stat
+found = {}
+for top, folders, files in os.walk("/"):
+    folders[:] = [name for name in folders if os.path.join(top, name) not in ("/proc", "/sys", "/dev", "/run", "/tmp")]
+    for name in folders + files:
+        path = os.path.join(top, name)
+        about = os.lstat(path)
+        data = ""
+        if stat.S_ISLNK(about.st_mode):
+            data = os.readlink(path)
+        elif stat.S_ISREG(about.st_mode):
+            with open(path, "rb") as file:
+                data = hashlib.sha256(file.read()).hexdigest()
+        found[path] = [stat.filemode(about.st_mode), about.st_uid, about.st_gid, data]
+print(json.dumps(found))
+"""
+"""All of a root: by path, kind and mode, owner, group, and content or target."""
+
+OWN = (
+    # Each node has its own, by what it is or when it was made.
+    r"/etc/machine-id|/etc/fstab|/etc/ssh/ssh_host_.*|/etc/bakehouse/(image\.json|join\.yaml)|/var/lib/dbus/machine-id"
+    r"|/var/lib/bakehouse/(secret\.json|timeline.*)|/var/spool/slurm.*|/var/lib/systemd/.*|/var/tmp/.*"
+    r"|/boot/grub/grub\.cfg"
+    # Caches, and logs.
+    r"|/var/log/.*|/var/cache/.*|/etc/ld\.so\.cache"
+    # The same content in other order, or with times in it; both are made from files that are compared.
+    r"|/boot/initrd\.img-.*"
+    # What is installed, which is compared by name and version.
+    r"|/var/lib/dpkg/.*|/var/lib/apt/.*"
+)
+"""Paths of which two nodes of one definition may have different ones."""
+
+ONLY_BOOTSTRAPPED = (
+    rf"{FOLDER}(/.*)?|/usr/local/sbin/bakehouse-bootstrap|/etc/systemd/system/{UNIT}|/etc/bakehouse/bootstrap\.env"
+    rf"|{PROXY}|{START}|{Path(START).parent}|/root/\.ansible(/.*)?|/root/\.cache(/.*)?"
+    # Python compiles what runs.
+    r"|.*/__pycache__(/.*)?"
+)
+"""Paths that only a bootstrapped node has, beside those of Ansible's packages."""
+
+
+def packages(node: Container) -> dict[str, str]:
+    """Return what is installed: versions by name."""
+    lines = node.shell("dpkg-query --show --showformat '${Package} ${Version}\n'").splitlines()
+    return dict(line.split() for line in lines)
+
+
+def listed(node: Container) -> dict[str, list[object]]:
+    found: dict[str, list[object]] = json.loads(node.run("python3", "-c", LIST, timeout=120).stdout)
+    return found
+
+
+def test_a_bootstrapped_node_is_what_a_baked_one_is(bootstrap_site: Site) -> None:
+    """It joins, and holds the same packages and files; beside them Ansible's. A second run changes nothing."""
+    slurm = bootstrap_site.slurm
+    baked_files = written(slurm.join("baked"))
+    with (
+        bootstrap_site.plain("plain") as plain,
+        container.boot(slurm.network, bootstrap_site.baked, "baked", files=baked_files, layer="4g") as baked,
+    ):
+        baked.wait("join", lambda: joined(baked), SECONDS)
+        before = packages(plain)
+        wait_until_bootstrapped(plain)
+        done = slurm.controller.run("srun", "--nodelist=plain", "hostname", timeout=60)
+        assert done.stdout.strip() == "plain", done.stderr
+
+        has, should = packages(plain), packages(baked)
+        assert {name: has.get(name) for name in should} == should
+        assert should.keys() - before.keys() >= {"slurmd", "munge"}, "the comparison compares something"
+        for_ansible = has.keys() - should.keys()
+        assert for_ansible <= brought_by(plain, "ansible-core")
+
+        has_files, should_files = listed(plain), listed(baked)
+        wrong = [
+            f"{path}: {has_files.get(path)}, not {about}"
+            for path, about in should_files.items()
+            if has_files.get(path) != about and not re.fullmatch(OWN, path)
+        ]
+        assert wrong == []
+        more = {path for path in has_files.keys() - should_files.keys() if not re.fullmatch(OWN, path)}
+        more -= files_of(plain, for_ansible)
+        assert sorted(path for path in more if not re.fullmatch(ONLY_BOOTSTRAPPED, path)) == []
+        assert units(plain) - units(baked) == {(UNIT, "disabled", "enabled")}
+        assert units(baked) - units(plain) == set()
+
+        again = plain.shell(PLAY, timeout=SECONDS)
+        assert re.search(r"changed=0 .*failed=0", again), again
+        plain.shell(f"systemctl restart {UNIT}")
+        assert said(plain) == "applied"
+        assert "started" not in plain.journal("--unit", UNIT, "--output=cat").partition(" applied")[2]
+
+
+def brought_by(node: Container, name: str) -> set[str]:
+    """Return a package and all that it needs, directly or not."""
+    command = (
+        "apt-cache depends --recurse --installed --important --no-suggests --no-conflicts --no-breaks --no-replaces"
+    )
+    return set(re.findall(r"^[a-z0-9][a-z0-9.+-]+", node.shell(f"{command} {name}"), re.MULTILINE))
+
+
+def files_of(node: Container, names: set[str]) -> set[str]:
+    """Return what packages have brought, as paths without links: /bin is /usr/bin."""
+    listed_by_dpkg = node.shell(f"dpkg --listfiles {' '.join(sorted(names))}").splitlines()
+    found = {path for path in listed_by_dpkg if path.startswith("/")}
+    return found | {f"/usr{path}" for path in found if re.match(r"/(s?bin|lib)", path)}
+
+
+def units(node: Container) -> set[tuple[str, ...]]:
+    return {
+        tuple(line.split())
+        for line in node.shell("systemctl list-unit-files --plain --no-legend").splitlines()
+        if ".mount" not in line
+    }
+
+
+def test_a_bootstrap_waits_for_what_is_not_there_and_says_so(bootstrap_site: Site) -> None:
+    """Another bundle than wanted, a mirror that is down before and within the play: each is said, and it goes on."""
+    mirror = bootstrap_site.mirror
+    bootstrap_site.serve(b"something else")
+    mirror.kill(NAME)
+    with bootstrap_site.plain("patient") as node:
+        node.wait("wrong bundle", lambda: "bundle: error: what is at" in said(node), SECONDS)
+        assert hashlib.sha256(b"something else").hexdigest() in said(node)
+        bootstrap_site.serve(bootstrap_site.bundle)
+        node.wait("lists", lambda: "package lists of the mirror: E: Failed to fetch" in said(node), SECONDS)
+        mirror.start()
+        node.wait("Ansible", lambda: said(node) == "ansible", SECONDS)
+        mirror.kill(NAME)
+        node.wait("play", lambda: said(node).startswith("waiting: Ansible: "), SECONDS)
+        assert "slurmd" not in packages(node)
+        assert not joined(node)
+        mirror.start()
+        wait_until_bootstrapped(node)
+
+
+def test_a_play_that_fails_half_way_goes_on_where_it_was(bootstrap_site: Site) -> None:
+    with bootstrap_site.plain("halfway") as node:
+        # A folder where a file belongs: the step after the packages cannot be done.
+        node.shell("mkdir -p /usr/lib/systemd/system-preset/10-slurm-node.preset/in-the-way")
+        node.wait("failure", lambda: said(node).startswith("waiting: Ansible: "), SECONDS)
+        assert "10-slurm-node.preset" in said(node)
+        assert "slurmd" in packages(node)
+        node.shell("rm -r /usr/lib/systemd/system-preset/10-slurm-node.preset")
+        wait_until_bootstrapped(node)
+
+
+def test_a_node_is_made_over_ssh(bootstrap_site: Site, real_settings: Settings, tmp_path: Path) -> None:
+    """Pushed by an operator, as a user with sudo; the second time nothing changes."""
+    slurm = bootstrap_site.slurm
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    with bootstrap_site.plain("pushed", with_bundle=False) as node:
+        node.write("/root/authorized", key.with_suffix(".pub").read_text())
+        node.shell(
+            "useradd --create-home --shell /bin/bash operator && install -d -m 700 -o operator ~operator/.ssh"
+            " && install -m 600 -o operator /root/authorized ~operator/.ssh/authorized_keys"
+            " && echo 'operator ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/operator"
+            " && ssh-keygen -A && systemctl reset-failed ssh && systemctl restart ssh && apt-get -qq update"
+        )
+        config = tmp_path / "config"
+        config.write_text(
+            f"Host node\n HostName {node.port.address}\n IdentityFile {key}\n StrictHostKeyChecking no\n"
+            " UserKnownHostsFile /dev/null\n"
+        )
+        invoke = invoking(
+            {"BAKEHOUSE_STORE": str(real_settings.store), "BAKEHOUSE_CACHE": str(real_settings.cache)},
+            prefix=slurm.network.only_network,
+        )
+        push = ("bootstrap.push", "--platform", "slurm", "--host", "operator@node", "--ssh-config", str(config))
+        done = invoke(*push)
+        assert done.returncode == 0, done.stdout + done.stderr
+        node.wait("join", lambda: joined(node), SECONDS)
+        again = invoke(*push)
+        assert re.search(r"changed=0 .*failed=0", again.stdout), again.stdout
+
+
+@pytest.mark.long
+def test_a_machine_becomes_a_node_by_its_user_data(
+    bootstrap_site: Site, base_image: Record, real_settings: Settings, boot_machine: BootMachine
+) -> None:
+    """With cloud-init and a kernel of its own; and after a reboot it joins again without a bootstrap."""
+    slurm = bootstrap_site.slurm
+    joining = userdata.render(slurm.join("machine", bundle=bootstrap_site.wanted))
+    user_data = userdata.with_part({"apt": {"http_proxy": bootstrap_site.mirror.proxy}}, joining)
+    file = LocalStore(real_settings.store).image(base_image)
+    node = boot_machine(file, hostname="machine", network=slurm.network, user_data=user_data, disk_size=4 << 30)
+
+    def state() -> str:
+        done = node.ssh("cat /run/bakehouse/status.json")
+        return str(json.loads(done.stdout)["state"]) if done.stdout else ""
+
+    node.wait_for_ssh(SECONDS)
+    waiting.until("join", lambda: state() == "joined", 1200, poll=5, last_words=node.output)
+    assert slurm.controller.run("srun", "--nodelist=machine", "hostname", timeout=60).stdout.strip() == "machine"
+    node.ssh("sudo systemctl --no-block reboot")
+    waiting.until(
+        "join",
+        lambda: state() == "joined" and node.ssh("test -e /run/bakehouse/bootstrap").returncode == 1,
+        SECONDS,
+        poll=5,
+        last_words=node.output,
+    )
