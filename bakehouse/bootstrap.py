@@ -36,12 +36,8 @@ def push(plan: Plan, host: str, *, ssh_config: Path | None = None) -> None:
             *([f"--ssh-common-args=-F {ssh_config}"] if ssh_config else []),
             "site.yml",
         ]  # fmt: skip
-        environment = {
-            **os.environ,
-            # Ansible wants a locale with UTF-8, and the node's Python is where Debian puts it.
-            "LC_ALL": "C.UTF-8",
-            "ANSIBLE_PYTHON_INTERPRETER": "/usr/bin/python3",
-        }
+        # Ansible wants a locale with UTF-8.
+        environment = {**os.environ, "LC_ALL": "C.UTF-8"}
         status = subprocess.run(command, cwd=folder, env=environment, check=False).returncode
     if status != 0:
         raise BakehouseError(
