@@ -10,7 +10,17 @@ from typing import Any
 
 from invoke import Collection, Context, Exit, task
 
-from bakehouse import cli, cli_bootstrap, cli_cloud, cli_images, cli_nodes, cli_openstack, cli_roce, terminal
+from bakehouse import (
+    cli,
+    cli_bootstrap,
+    cli_cloud,
+    cli_compare,
+    cli_images,
+    cli_nodes,
+    cli_openstack,
+    cli_roce,
+    terminal,
+)
 from bakehouse import userdata as users_data
 from bakehouse.errors import BakehouseError
 
@@ -651,6 +661,40 @@ def _bench_publish(_context: Context, rounds: int = 4, size: str = "512MiB", jso
     cli.bench_publishing(rounds=rounds, size=size, as_json=json)
 
 
+def _compare_list(_context: Context, platform: str = "", json: bool = False) -> None:
+    """List the results of comparisons that are kept, the newest first.
+
+    Example: invoke compare.list --platform slurm
+    """
+    cli_compare.results(platform, as_json=json)
+
+
+def _compare_show(_context: Context, result: str = "", html: str = "", open: bool = False, json: bool = False) -> None:
+    """Show a comparison of the paths: the last one, or another. Also as one HTML page, which works offline.
+
+    Examples:
+      invoke compare.show
+      invoke compare.show --result slurm --html report.html
+      invoke compare.show --open
+    """
+    cli_compare.show(result, html=html, open_page=open, as_json=json)
+
+
+def _compare_regression(
+    _context: Context, result: str = "", against: str = "", percent: float = 10.0, json: bool = False
+) -> None:
+    """Compare a result with an older one of the same platform. Fails where something got worse.
+
+    Worse is a median above all older values, and above their median by more than --percent; and runs that fail more
+    often than before.
+
+    Examples:
+      invoke compare.regression
+      invoke compare.regression --result slurm --against slurm-20261122T020000Z --percent 5
+    """
+    cli_compare.regression(result, against=against, percent=percent, as_json=json)
+
+
 def _openstack_up(_context: Context, name: str = "") -> None:
     """Start a real Keystone and Glance on this host, to try publishing with; writes an entry in clouds.yaml.
 
@@ -865,6 +909,30 @@ bench.add_task(
         help=JSON | {"rounds": "measure so many times; an even number is fair", "size": "of the image, such as 1GiB"},
     )
 )
+RESULT = {
+    "result": "a kept result's name or its beginning, a platform's for its newest, or a file; the newest by default"
+}
+compare = Collection("compare")
+compare.add_task(command(_compare_list, name="list", help=JSON | {"platform": "only results of this platform"}))
+compare.add_task(
+    command(
+        _compare_show,
+        name="show",
+        help=RESULT | JSON | {"html": "write the report to this file", "open": "open the report in a browser"},
+    )
+)
+compare.add_task(
+    command(
+        _compare_regression,
+        name="regression",
+        help=RESULT
+        | JSON
+        | {
+            "against": "the older one, named in the same way; by default the one before",
+            "percent": "by how much a median may grow",
+        },
+    )
+)
 join = Collection("join")
 join.add_task(
     command(
@@ -1024,7 +1092,7 @@ openstack.add_task(
 openstack.add_task(command(_openstack_status, name="status", help=JSON), default=True)
 
 namespace = Collection(
-    bake, plan, doctor, settings, test, boot, verify, userdata, manifests, images, cache, bench, join, cluster,
+    bake, plan, doctor, settings, test, boot, verify, userdata, manifests, images, cache, bench, compare, join, cluster,
     publish, promote, rollback, channels, prune, resolve, pin, sign, openstack, roce,
     bootstrap,
 )  # fmt: skip
