@@ -262,6 +262,7 @@ def html(comparison: Comparison) -> str:
         letter_percent=LETTER_PERCENT,
         plot=plot(comparison, answers),
         measures=[measure for measure in Measure if measure != Measure.JOINED],
+        machine=machine_text(comparison),
         failed=[run for run in comparison.runs if run.failure],
     )
 

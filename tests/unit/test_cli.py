@@ -30,7 +30,8 @@ from bakehouse.store import LocalStore
 NAMESPACE = deepcopy(tasks.namespace)
 """Invoke takes the help of flags out of tasks when it parses: each run needs a copy that still has it."""
 
-TASKS = {name.replace(".list", "").replace(".image", "") for name in tasks.namespace.task_names}
+TASKS = {min([name, *aliases], key=len) for name, aliases in tasks.namespace.task_names.items()}
+"""By the name that people type: ``images``, not ``images.list``."""
 
 
 @dataclass
