@@ -460,7 +460,10 @@ def _medians(comparison: Comparison, measure: Measure, scenario: Scenario) -> di
 
 
 def _beside_bake(what: str, numbers: dict[PathName, float | None], unit: str) -> Iterator[Finding]:
-    """Compare bake's number with those of the other paths: a sentence for where it wins, and one for where it loses."""
+    """Compare bake's number with those of the other paths: a sentence for where it wins, and one for where it loses.
+
+    What reads the same is a draw, and is not told.
+    """
     bake = numbers.get("bake")
     if bake is None:
         return
@@ -469,7 +472,7 @@ def _beside_bake(what: str, numbers: dict[PathName, float | None], unit: str) ->
         others = [
             f"{amount(number, unit)} with {path}"
             for path, number in known.items()
-            if (number < bake if loses else number > bake)
+            if (number < bake if loses else number > bake) and amount(number, unit) != amount(bake, unit)
         ]
         if others:
             yield Finding(f"{verb} in {what}: {amount(bake, unit)}, against {' and '.join(others)}.", loses)

@@ -254,6 +254,11 @@ def test_it_says_that_bake_loses_nowhere_only_where_there_is_another_path() -> N
     assert comparison.findings(of_runs(run("bake", 1, 5.0))) == []
 
 
+def test_what_reads_the_same_is_a_draw() -> None:
+    one = of_runs(run("bake", 1, 50.04), run("hybrid", 1, 50.0))
+    assert "seconds to joined (plain)" not in texts(one, against_bake=True) + texts(one, against_bake=False)
+
+
 @pytest.mark.parametrize("path", ["bake", "hybrid", "bootstrap"])
 def test_one_path_alone_or_only_failures_are_no_error(path: PathName) -> None:
     assert comparison.answers(of_runs(run(path, 1, 5.0))).pairings == []
