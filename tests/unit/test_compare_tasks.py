@@ -74,6 +74,7 @@ def test_the_page_is_opened(invoke: Tasks, monkeypatch: pytest.MonkeyPatch, tmp_
         return True
 
     monkeypatch.setattr("webbrowser.open", note)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert invoke.run("compare.show", "--open", "--html", str(tmp_path / "report.html")).status == 0
     assert invoke.run("compare.show", "--open").status == 0
     assert opened[0] == (tmp_path / "report.html").as_uri()
