@@ -29,17 +29,14 @@ PathName = Literal["bake", "hybrid", "bootstrap"]
 PATHS: tuple[PathName, ...] = get_args(PathName)
 """What makes most beforehand comes first."""
 
-SET_UP_BEGINS = "set-up begins"
-"""The moment at which a path that sets nodes up at boot begins to: the play's first task, the first image that is
-pulled. Paths that do not have none."""
-
-SET_UP_ENDS = "set-up ends"
+SET_UP_BEGINS = "bootstrap started"
+"""The moment at which a path that sets nodes up at boot begins to. Paths that do not have none."""
 
 PHASES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("firmware and loader", ("kernel",)),
     ("kernel and initramfs", ("userspace",)),
     ("system start", (SET_UP_BEGINS, "agent started")),
-    ("set-up", (SET_UP_ENDS,)),
+    ("set-up", ("agent started",)),
     ("join", (JOINED,)),
     ("first job", (FIRST_JOB,)),
 )
