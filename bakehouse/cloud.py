@@ -41,6 +41,9 @@ LONGEST_PAUSE_SECONDS = 10.0
 LONGEST_RETRY_AFTER_SECONDS = 60.0
 """How long a service may tell us to stay away (Retry-After, RFC 9110) and be obeyed."""
 
+CREATED = (200, 201, 202)
+"""What services answer to a request that makes something: Nova 202 for a server, 200 for a group, Neutron 201."""
+
 PASSING = {429, 500, 502, 503, 504}
 """HTTP status codes that may pass by themselves (RFC 9110)."""
 
@@ -93,6 +96,8 @@ class Cloud:
     """How far the cloud's clock is ahead of this host's."""
     patience: float = RETRY_SECONDS
     """Seconds that a service may be away."""
+    user: str = ""
+    """The id of the credential's user."""
 
     def __enter__(self) -> Self:
         return self
@@ -151,6 +156,45 @@ class Cloud:
         )
         return _retrying(self.patience)(attempt) if retry else attempt()
 
+    def create(
+        self, path: str, body: Mapping[str, Any], find: Callable[[], Any], *, service: str, what: str, **options: Any
+    ) -> Any:
+        """Create something once, also where the answer to it is lost.
+
+        A request whose answer got lost may have done its work. So before it is sent again it is looked for what it was
+        to make, and likewise where a service says that it is there already.
+
+        Args:
+            path: below the service's endpoint.
+            body: of the request.
+            find: returns what it made, as the service tells it; None where it is not there.
+            service: its type in the catalogue.
+            what: what is being done, for errors.
+            options: as for request().
+
+        Returns:
+            What the service says of it: the answer, or what was found.
+
+        Raises:
+            CloudError: the service refused it, or was away for too long.
+        """
+
+        def attempt() -> Any:
+            try:
+                answer = self.request(
+                    "POST", path, service=service, ok=CREATED, what=what, retry=False, json=dict(body), **options
+                )
+            except CloudError as error:
+                if not is_passing(error) and error.status != HTTPStatus.CONFLICT:
+                    raise
+                found = find()
+                if found is None:
+                    raise
+                return found
+            return answer.json()
+
+        return _retrying(self.patience)(attempt)
+
     def _once(
         self,
         method: str,
@@ -203,7 +247,13 @@ class Cloud:
                 min_version="2",
                 max_version="2.latest",
             )
-        return {"image": self.connection.image, "compute": self.connection.compute}[service]
+        own = {
+            "image": self.connection.image,
+            "compute": self.connection.compute,
+            "network": self.connection.network,
+            "block-storage": self.connection.block_storage,
+        }
+        return own[service]
 
     def endpoints(self, service: str) -> dict[str, str]:
         """Return a service's addresses by region: of all regions in the catalogue, which the credential sees.
@@ -313,7 +363,14 @@ def _connect_once(config: openstack.config.OpenStackConfig, chosen: str, region:
             asked = datetime.datetime.now(datetime.UTC)
             access = _access(connection)
             place = found.get_region_name() or ""
-            cloud = Cloud(chosen or "envvars", place, access.project_id or "", connection, _skew(access.issued, asked))
+            cloud = Cloud(
+                chosen or "envvars",
+                place,
+                access.project_id or "",
+                connection,
+                _skew(access.issued, asked),
+                user=access.user_id or "",
+            )
             _must_be_usable(cloud)
         except BaseException:
             connection.close()

@@ -102,6 +102,23 @@ class Login:
         """The ssh command line."""
         return [*self.prefix, "ssh", *self.options, "-p", str(self.port), f"{self.user}@{self.host}"]
 
+    def run(self, command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run a shell command over SSH.
+
+        Args:
+            command: the command line.
+            timeout: seconds.
+        """
+        return subprocess.run(
+            [*self.command, "-o", "ConnectTimeout=20", command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
+        )
+
 
 @dataclass
 class Machine:
@@ -199,15 +216,7 @@ class Machine:
             command: the command line.
             timeout: seconds.
         """
-        return subprocess.run(
-            [*self.login.command, "-o", "ConnectTimeout=20", command],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-            check=False,
-        )
+        return self.login.run(command, timeout)
 
     def wait_for_ssh(self, seconds: float) -> None:
         """Wait until one can log in.

@@ -325,6 +325,18 @@ def from_boot(
     )
 
 
+def latest_start(console: Sequence[Line]) -> float | None:
+    """Return a time, of the host's monotonic clock, before which a machine's kernel has begun for certain.
+
+    Args:
+        console: the serial console of its first boot.
+
+    Returns:
+        Seconds; None where no line of it tells the guest's time.
+    """
+    return min((offset for offset in (_hear(line).offset for line in console) if offset is not None), default=None)
+
+
 def with_moment(timeline: Timeline, name: str, seconds: float, source: str = "host") -> Timeline:
     """Return the timeline with one more moment, in place of one of that name.
 

@@ -35,6 +35,7 @@ from bakehouse import (
     verify_roce,
 )  # fmt: skip
 from bakehouse.cluster import Cluster
+from bakehouse.console import ConsoleLine
 from bakehouse.errors import BakehouseError
 from bakehouse.machine import Login, Machine
 from bakehouse.network import Network
@@ -74,7 +75,7 @@ MEMORY = {"slurm": 1024, "kubernetes": 2048, "roce": 1024}
 JOIN_SECONDS = 900
 """Emulated on a busy host; with KVM it is ten."""
 
-ASK_SECONDS = 240
+ASK_SECONDS = 240.0
 """A node that has not said on its console that it joined is asked so often."""
 
 SUITES_OF_ELEMENTS = ("bare-metal", "roce")
@@ -416,11 +417,51 @@ def _boot_to_off(job: _Run, trial: Trial, node: Machine, suites: list[Path], evi
             raise BakehouseError("it had to be switched off")
 
 
-def wait_for_join(node: Machine, start: int = 0, seconds: float = JOIN_SECONDS) -> int:
+class Node(Protocol):
+    """A machine as far as a join is waited for and its boot is timed: in QEMU, or a server on a cloud."""
+
+    @property
+    def console(self) -> NodeConsole:
+        """Its serial console."""
+
+    @property
+    def accelerator(self) -> str:
+        """How it is run: kvm or tcg (emulation); empty where that is not known."""
+
+    def wait(self, what: str, fact: Callable[[], bool], seconds: float) -> None:
+        """Wait until something holds; raises where the machine has ended."""
+
+    def wait_for_ssh(self, seconds: float) -> None:
+        """Wait until one can log in."""
+
+    def ssh(self, command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run a shell command in it."""
+
+
+class NodeConsole(Protocol):
+    """What a machine said on its serial console."""
+
+    @property
+    def lines(self) -> list[ConsoleLine]:
+        """The lines so far."""
+
+    def find(self, pattern: str, start: int = 0) -> tuple[int, ConsoleLine] | None:
+        """Return the first line with a pattern, and its number."""
+
+
+def wait_for_join(
+    node: Node, start: int = 0, seconds: float = JOIN_SECONDS, *, ask_seconds: float = ASK_SECONDS
+) -> int:
     """Wait until the agent of a machine says that it has joined. Return the number of the console's line.
 
     The kernel writes to the console when it likes, and so into the middle of the agent's line. Now and then a node that
     has said nothing is asked, therefore.
+
+    Args:
+        node: the machine.
+        start: the number of the console's line to begin with.
+        seconds: how long at most.
+        ask_seconds: how often it is asked.
 
     Raises:
         BakehouseError: it says that it cannot, or it says nothing within the time.
@@ -431,7 +472,7 @@ def wait_for_join(node: Machine, start: int = 0, seconds: float = JOIN_SECONDS) 
         nonlocal asked
         if node.console.find(AGENTS_END, start):
             return True
-        if time.monotonic() - asked < ASK_SECONDS:
+        if time.monotonic() - asked < ask_seconds:
             return False
         asked = time.monotonic()
         return agents_status(node).get("state") == "joined"
@@ -443,7 +484,7 @@ def wait_for_join(node: Machine, start: int = 0, seconds: float = JOIN_SECONDS) 
     return line
 
 
-def agents_status(node: Machine) -> dict[str, Any]:
+def agents_status(node: Node) -> dict[str, Any]:
     """Return what the agent of a machine says when it is asked; nothing where that does not work."""
     try:
         done = node.ssh("bakehouse-agent status --json")
@@ -453,7 +494,7 @@ def agents_status(node: Machine) -> dict[str, Any]:
     return found
 
 
-def read_timeline(node: Machine, power_on: float) -> Timeline:
+def read_timeline(node: Node, power_on: float) -> Timeline:
     """Return the timeline of a machine's boot.
 
     Args:
