@@ -19,6 +19,7 @@ from bakehouse import (
     cli_nodes,
     cli_openstack,
     cli_roce,
+    cli_up,
     terminal,
 )
 from bakehouse import userdata as users_data
@@ -587,6 +588,141 @@ def _join_revoke(_context: Context, which: str) -> None:
     cli_nodes.join_revoke(which)
 
 
+def _up(
+    _context: Context,
+    platform: str,
+    path: str = "bake",
+    on: str = cli_up.OPENSTACK,
+    name: str = "",
+    count: int = 1,
+    until: str = "joined",
+    join_timeout: int = 900,
+    keep: bool = False,
+    cloud: str = "",
+    region: str = "",
+    channel: str = "stable",
+    tag: str = "",
+    image: str = "",
+    flavor: str = "",
+    network: list[str] = [],  # noqa: B006 - how Invoke declares a flag that may be repeated
+    security_group: list[str] = [],  # noqa: B006
+    vnic_type: str = "",
+    floating_network: str = "",
+    key_pair: str = "",
+    identity: str = "",
+    login: str = "",
+    config_drive: bool = False,
+    volume_size: int = 0,
+    volume_type: str = "",
+    keep_volume: bool = False,
+    server_group: str = "",
+    zone: str = "",
+    property: list[str] = [],  # noqa: B006
+    server_tag: list[str] = [],  # noqa: B006
+    hint: list[str] = [],  # noqa: B006
+    timeout: int = 1800,
+    user_data: str = "",
+    controller: list[str] = [],  # noqa: B006
+    authentication: str = "munge",
+    feature: list[str] = [],  # noqa: B006
+    key_file: str = "",
+    broker: str = "",
+    ca: str = "",
+    token_file: str = "",
+    ssh_key: list[str] = [],  # noqa: B006
+    json: bool = False,
+) -> None:
+    r"""Bring nodes up on a cloud, wait until they have joined their cluster, and show what their boots waited for.
+
+    All or none: where one fails, or on Ctrl-C, all that was made is deleted. They cost until: invoke down.
+
+    Examples:
+      invoke join.token --platform slurm --node slurm-1 > token
+      invoke up --platform slurm --cloud mycloud --flavor m1.large --network cluster \
+          --controller ctl.example.org --broker https://ctl.example.org:8444 --ca ca.crt --token-file token
+      invoke up --platform slurm --name blue --count 4 --flavor m1.large --network cluster \
+          --server-group anti-affinity --user-data 'blue-{node}.yaml'
+      invoke up --platform kubernetes --tag 20261123-5853cc9 --flavor m1.large --volume-size 20 --user-data nodes.yaml
+    """
+    cli_nodes.one_of("--on", on, cli_up.MACHINES)
+    wish = cli_up.Wish(
+        platform=platform,
+        path=path,
+        name=name or platform,
+        count=count,
+        until=until,
+        join_seconds=join_timeout,
+        keep=keep,
+    )
+    joining = cli_up.user_data(
+        wish,
+        file=user_data,
+        controllers=controller,
+        authentication=authentication,
+        features=feature,
+        key_file=key_file,
+        broker=broker,
+        ca=ca,
+        token_file=token_file,
+        ssh_keys=ssh_key,
+    )
+    options = cli_up.OpenStack(
+        target=cli_cloud.Target(cloud, region),
+        choice=cli_up.Choice(channel=channel, tag=tag, image=image),
+        flavor=flavor,
+        networks=tuple(network),
+        security_groups=tuple(security_group),
+        vnic_type=vnic_type,
+        floating_network=floating_network,
+        key_pair=key_pair,
+        identity=identity,
+        login=login,
+        config_drive=config_drive,
+        volume_size=volume_size,
+        volume_type=volume_type,
+        keep_volume=keep_volume,
+        server_group=server_group,
+        zone=zone,
+        properties=tuple(property),
+        tags=tuple(server_tag),
+        hints=tuple(hint),
+        timeout=timeout,
+    )
+    cli_up.up_on_openstack(wish, joining, options, as_json=json)
+
+
+def _down(
+    _context: Context,
+    name: str = "",
+    on: str = cli_up.OPENSTACK,
+    all: bool = False,
+    any_user: bool = False,
+    with_volumes: bool = False,
+    cloud: str = "",
+    region: str = "",
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Delete all that `up` made: it is found by its mark in the cloud, also where this host knows nothing of it.
+
+    A second time does nothing. What has no mark is never touched.
+
+    Examples:
+      invoke down --name slurm
+      invoke down --all --cloud mycloud --dry-run
+    """
+    cli_nodes.one_of("--on", on, cli_up.MACHINES)
+    cli_up.down_on_openstack(
+        name,
+        target=cli_cloud.Target(cloud, region),
+        everything=all,
+        any_user=any_user,
+        with_volumes=with_volumes,
+        dry_run=dry_run,
+        as_json=json,
+    )
+
+
 def _cluster_up(
     _context: Context,
     platform: str,
@@ -848,6 +984,68 @@ userdata = command(
     },
 )
 
+up = command(
+    _up,
+    name="up",
+    iterable=["network", "security_group", "property", "server_tag", "hint", "controller", "feature", "ssh_key"],
+    help=PLATFORM
+    | CLOUD
+    | JSON
+    | {
+        "path": "how the node comes to be: bake",
+        "on": "what it runs on: openstack",
+        "name": "of the launch, whose nodes are NAME-1, NAME-2, ...; the platform's by default",
+        "count": "how many nodes",
+        "until": "joined (the join agent says so), or active (the servers run)",
+        "join-timeout": "seconds until all must have joined",
+        "keep": "where nodes do not come up or join: leave them to look at",
+        "channel": "take the image that this channel points to",
+        "tag": "a published image's tag, or its beginning, in place of a channel",
+        "image": "any image of the cloud by its id or name, in place of a channel",
+        "flavor": "the servers' flavor",
+        "network": "a network; may be repeated; the project's only one by default",
+        "security-group": "may be repeated; the project's default by default",
+        "vnic-type": "of the ports, such as direct for SR-IOV",
+        "floating-network": "give each node a floating IP of this external network",
+        "key-pair": "an SSH key pair that the cloud has; one is made for the launch by default",
+        "identity": "file with the private key of --key-pair, to ask nodes when they did what",
+        "login": "user to log in as; by default the one that the image names",
+        "config-drive": "user-data by a config drive, for networks without a metadata service",
+        "volume-size": "boot from a volume of so many GiB that is made from the image",
+        "volume-type": "of that volume",
+        "keep-volume": "leave the volumes when the servers go",
+        "server-group": "anti-affinity, affinity, soft-anti-affinity, soft-affinity, or the id of a group",
+        "zone": "availability zone",
+        "property": "metadata of the servers, KEY=VALUE; may be repeated",
+        "server-tag": "a tag of the servers; may be repeated",
+        "hint": "for Nova's scheduler, KEY=VALUE; may be repeated",
+        "timeout": "seconds until all servers must be active",
+        "user-data": "a file with user-data; {node} in its name stands for the node's",
+        "controller": "without --user-data: HOST or HOST:PORT of slurmctld; may be repeated",
+        "authentication": "munge, or slurm for Slurm's own auth/slurm",
+        "feature": "a feature of the nodes; may be repeated",
+        "key-file": "the cluster's key, to stand in the user-data itself (the weaker way)",
+        "broker": "address of the join broker, such as https://ctl.example.org:8444",
+        "ca": "file with the certificate of the broker's authority",
+        "token-file": "file with a node's token; {node} in its name stands for the node's",
+        "ssh-key": "file with public keys that may log in; may be repeated",
+    },
+)
+down = command(
+    _down,
+    name="down",
+    help=CLOUD
+    | DRY_RUN
+    | JSON
+    | {
+        "name": "of the launch, or its id; not needed where there is but one",
+        "on": "what it runs on: openstack",
+        "all": "all launches of this user in this project",
+        "any-user": "those of the project's other users too",
+        "with-volumes": "also volumes that were kept (up --keep-volume)",
+    },
+)
+
 manifests = Collection("manifests")
 manifests.add_task(command(_manifests, name="list", help=JSON), default=True)
 manifests.add_task(command(_schema, name="schema"))
@@ -1092,7 +1290,6 @@ openstack.add_task(
 openstack.add_task(command(_openstack_status, name="status", help=JSON), default=True)
 
 namespace = Collection(
-    bake, plan, doctor, settings, test, boot, verify, userdata, manifests, images, cache, bench, compare, join, cluster,
-    publish, promote, rollback, channels, prune, resolve, pin, sign, openstack, roce,
-    bootstrap,
+    bake, plan, doctor, settings, test, boot, verify, userdata, up, down, manifests, images, cache, bench, compare,
+    join, cluster, publish, promote, rollback, channels, prune, resolve, pin, sign, openstack, roce, bootstrap,
 )  # fmt: skip

@@ -63,13 +63,14 @@ STDERR = 2
 """The file descriptor."""
 
 
-def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
+def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
+    """Return a flag's value, which is one of a few."""
     if value not in allowed:
         raise BakehouseError(f"{flag} {value}: it is one of {', '.join(allowed)}{did_you_mean(value, [*allowed])}")
     return value
 
 
-def _text_of(flag: str, name: str) -> str:
+def text_of(flag: str, name: str) -> str:
     """Read a file that a flag names, or standard input for ``-``."""
     try:
         return sys.stdin.read() if name == "-" else Path(name).expanduser().read_text(encoding="utf-8")
@@ -98,7 +99,7 @@ def verify(tag: str, *, firmware: str, verbose: bool, as_json: bool) -> None:
 def verify_host(host: str, *, platform: str, tag: str, report: str, ssh_config: str, as_json: bool) -> None:
     """Ask a node that runs what its suites ask, and print what does not hold."""
     settings, store, _ = open_site()
-    subjects = [_one_of("--platform", name.strip(), SUBJECTS) for name in platform.split(",")]
+    subjects = [one_of("--platform", name.strip(), SUBJECTS) for name in platform.split(",")]
     suites = verification.Suites((verification.OWN_SUITES, *settings.image_tests)).of_names(["node", *subjects])
     record = store.get(tag) if tag else None
     config = existing_file("--ssh-config", ssh_config) if ssh_config else None
@@ -244,12 +245,12 @@ class Shared:
             )
         if lacking:
             return None
-        token = _text_of("--token-file", self.token_file).strip()
-        return userdata.Broker(self.broker, token, _text_of("--ca", self.ca))
+        token = text_of("--token-file", self.token_file).strip()
+        return userdata.Broker(self.broker, token, text_of("--ca", self.ca))
 
     def public_keys(self) -> tuple[str, ...]:
         """Return the SSH keys that may log in."""
-        lines = [line for name in self.ssh_keys for line in _text_of("--ssh-key", name).splitlines()]
+        lines = [line for name in self.ssh_keys for line in text_of("--ssh-key", name).splitlines()]
         return tuple(line for line in lines if line.strip())
 
 
@@ -264,7 +265,7 @@ def slurm_join(
     roce: str,
 ) -> userdata.Join:
     """Return how a Slurm node joins, as it was given."""
-    _one_of("--platform", platform, (*PLATFORMS, "roce"))
+    one_of("--platform", platform, (*PLATFORMS, "roce"))
     return userdata.Join(
         tuple(controllers),
         path=shared.path,
@@ -276,7 +277,7 @@ def slurm_join(
         broker=shared.from_broker(),
         ssh_keys=shared.public_keys(),
         bundle=shared.bundled(),
-        roce=_text_of("--roce", roce) if roce else "",
+        roce=text_of("--roce", roce) if roce else "",
     )
 
 
@@ -291,7 +292,7 @@ def roce_join(shared: Shared, *, devices: int, roce: str) -> userdata.RoceJoin:
         devices=devices,
         path=shared.path,
         node=shared.node,
-        roce=_text_of("--roce", roce) if roce else "",
+        roce=text_of("--roce", roce) if roce else "",
         ssh_keys=shared.public_keys(),
         bundle=shared.bundled(),
     )
@@ -321,7 +322,7 @@ def kubernetes_join(
         taints=tuple(taints),
         provider_id=provider_id,
         cloud_provider=cloud_provider,
-        bootstrap_token=_text_of("--key-file", shared.key_file).strip() if shared.key_file else "",
+        bootstrap_token=text_of("--key-file", shared.key_file).strip() if shared.key_file else "",
         broker=shared.from_broker(),
         ssh_keys=shared.public_keys(),
         bundle=shared.bundled(),
@@ -354,7 +355,7 @@ def _bytes_of(flag: str, name: str) -> bytes:
 def join_token(*, platform: str, node: str, lifetime: str) -> None:
     """Make a token and print it, alone: of the demo cluster's broker where one runs, else of this host's."""
     settings, _, _ = open_site()
-    _one_of("--platform", platform, PLATFORMS)
+    one_of("--platform", platform, PLATFORMS)
     if _is_demo(platform, settings):
         with _demo(platform, settings) as cluster:
             print(cluster.broker.offer(node, platform=platform, lifetime=lifetime).token)
@@ -435,8 +436,8 @@ def join_revoke(which: str) -> None:
 def cluster_up(platform: str, *, image: str, authentication: str, accounting: bool) -> None:
     """Make a cluster that runs on."""
     settings, store, _ = open_site()
-    _one_of("cluster.up", platform, PLATFORMS)
-    chosen = cast(Authentication, _one_of("--authentication", authentication, get_args(Authentication)))
+    one_of("cluster.up", platform, PLATFORMS)
+    chosen = cast(Authentication, one_of("--authentication", authentication, get_args(Authentication)))
     found = store.get(image or platform)
     if found.platform != platform:
         raise BakehouseError(f"{found.tag} is a {found.platform} image", hint=f"`invoke cluster.up {found.platform}`")
@@ -517,7 +518,7 @@ def _log() -> Iterator[Log]:
 
 
 def _firmware(found: Record, firmware: str) -> Firmware:
-    chosen = cast(Firmware, _one_of("--firmware", firmware, get_args(Firmware)))
+    chosen = cast(Firmware, one_of("--firmware", firmware, get_args(Firmware)))
     if chosen == "secure-boot":
         if not found.secure_boot:
             raise BakehouseError(
@@ -550,7 +551,7 @@ def boot(
     settings, store, cache = open_site()
     found = store.get(tag)
     chosen = _firmware(found, firmware)
-    source = cast(DataSource, _one_of("--data-source", data_source, get_args(DataSource)))
+    source = cast(DataSource, one_of("--data-source", data_source, get_args(DataSource)))
     private = Path(key).expanduser() if key else None
     if private and not private.is_file():
         raise BakehouseError(f"--key {key} is not a file", hint="name the private key; the public one is beside it")
@@ -558,7 +559,7 @@ def boot(
         raise BakehouseError("--user-data - with a private network", hint="name a file")
     if join and user_data:
         raise BakehouseError("--join and --user-data", hint="--join makes the user-data itself")
-    data = _text_of("--user-data", user_data) if user_data else ""
+    data = text_of("--user-data", user_data) if user_data else ""
     with contextlib.ExitStack() as stack:
         place = None
         if join:
