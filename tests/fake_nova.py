@@ -109,6 +109,7 @@ class FakeNova:
         self.ports: dict[str, Body] = {}
         self.floating: dict[str, Body] = {}
         self.volumes: dict[str, Body] = {}
+        self.attachments: dict[str, Body] = {}
         self.messages: list[Body] = []
         self.volume_fails = False
         self.quota = {"maxTotalInstances": 10, "maxTotalCores": 20, "maxTotalRAMSize": 51200, "maxServerGroups": 10,
@@ -462,13 +463,18 @@ class FakeNova:
             self.said[server["id"]] += machine.console.pop(0)
         return 200, {"output": self.said[server["id"]][-CONSOLE_BYTES:]}
 
-    def _network(  # noqa: PLR0911
+    def _network(  # noqa: C901, PLR0911
         self, method: str, words: list[str], query: dict[str, list[str]], body: Body
     ) -> tuple[int, Body | None]:
         match (method, *words):
             case ("GET", "networks"):
                 wanted = query.get("id", [one["id"] for one in self.networks])
                 return 200, {"networks": [one for one in self.networks if one["id"] in wanted]}
+            case ("GET", "networks", identity):
+                found = next((one for one in self.networks if one["id"] == identity), None)
+                return (200, {"network": found}) if found else (404, {"NeutronError": {"message": "no such network"}})
+            case ("GET", "extensions"):
+                return 200, {"extensions": []}
             case ("GET", "security-groups"):
                 return 200, {"security_groups": self.security_groups}
             case ("GET", "ports"):
@@ -492,7 +498,8 @@ class FakeNova:
         if wanted["network_id"] not in {one["id"] for one in self.networks}:
             return 404, {"NeutronError": {"message": "Network could not be found."}}
         made = {
-            "id": new(), "status": "DOWN", "device_id": "", "project_id": self.project, "mac_address": "fa:16:3e:0:0:1",
+            "id": new(), "status": "DOWN", "device_id": "", "project_id": self.project, "tenant_id": self.project,
+            "mac_address": "fa:16:3e:0:0:1",
             "fixed_ips": [{"subnet_id": new(), "ip_address": f"10.0.0.{len(self.ports) + 10}"}], **wanted,
         }  # fmt: skip
         self.ports[made["id"]] = made
@@ -513,17 +520,30 @@ class FakeNova:
             case ("GET", "volumes", "detail"):
                 return 200, {"volumes": [*self.volumes.values()]}
             case ("POST", "volumes"):
-                made = {"id": new(), "status": "creating", "os-vol-tenant-attr:tenant_id": self.project,
-                        "user_id": self.user, **body["volume"]}  # fmt: skip
+                made = {
+                    "id": new(), "status": "creating", "os-vol-tenant-attr:tenant_id": self.project,
+                    "user_id": self.user, "attachments": [], "availability_zone": "nova", "bootable": "true",
+                    "created_at": "2026-11-24T12:00:00.000000", "description": None, "snapshot_id": None,
+                    "volume_type": None, "multiattach": False, "volume_image_metadata": {}, **body["volume"],
+                }  # fmt: skip
                 self.volumes[made["id"]] = made
                 return 202, {"volume": made}
+            case ("POST", "attachments"):
+                # By which Nova takes a volume for a server.
+                self.volumes[body["attachment"]["volume_uuid"]]["status"] = "reserved"
+                made = {"id": new(), **body["attachment"], "connection_info": {}}
+                self.attachments[made["id"]] = made
+                return 200, {"attachment": made}
+            case ("DELETE", "attachments", identity):
+                self.volumes[self.attachments.pop(identity)["volume_uuid"]]["status"] = "available"
+                return 200, {"attachments": []}
             case (_, "volumes", identity):
                 return self._one_volume(method, identity)
         return 404, {"itemNotFound": {"message": f"{method} {words}"}}
 
     def _one_volume(self, method: str, identity: str) -> tuple[int, Body | None]:
         volume = self.volumes.get(identity)
-        if volume and method == "DELETE" and volume["status"] == "in-use":
+        if volume and method == "DELETE" and volume["status"] in {"in-use", "reserved"}:
             return 400, {"badRequest": {"message": "Invalid volume: Volume status must be available or error"}}
         status, shown = self._gone(method, self.volumes, identity, "volume", 202)
         if volume and method == "GET":

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,16 @@ class NoPorts(BaseHTTPRequestHandler):
 
 
 class Nova:
-    """A Nova API."""
+    """A Nova API.
 
-    def __init__(self, folder: Path, local: LocalCloud, neutron: int) -> None:
+    Args:
+        folder: where its databases are.
+        local: the Keystone and Glance that it uses.
+        neutron: address of the Neutron that it asks.
+        cinder: address of the Cinder that it asks.
+    """
+
+    def __init__(self, folder: Path, local: LocalCloud, neutron: str, cinder: str = "") -> None:
         self.folder = folder
         self.local = local
         (self.port,) = _free_ports(1)
@@ -59,7 +67,8 @@ class Nova:
             f"[database]\nconnection = sqlite:///{folder}/cell.db\n"
             f"[oslo_concurrency]\nlock_path = {folder}\n"
             f"[keystone_authtoken]\nwww_authenticate_uri = {local.auth_url}\n{auth}"
-            f"[neutron]\nendpoint_override = http://127.0.0.1:{neutron}\n{auth}"
+            f"[neutron]\nendpoint_override = {neutron}\n{auth}"
+            f"[cinder]\nendpoint_template = {cinder}\n"
         )
         shutil.copy(local.environment / "etc" / "nova" / "api-paste.ini", folder)
         self.python("setup", folder)
@@ -92,6 +101,27 @@ class Nova:
         """Add a server."""
         self.python("add", self.folder, project, image)
 
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+@contextmanager
+def in_catalogue(local: LocalCloud, services: dict[str, str]) -> Iterator[None]:
+    """Have services in Keystone's catalogue for a while: addresses by type."""
+    admin = local.admin()
+    identity: Any = admin.identity
+    made = []
+    for kind, url in services.items():
+        service = identity.create_service(name={"compute": "nova"}.get(kind, kind), type=kind)
+        made.append(service)
+        for interface in ("public", "internal"):
+            identity.create_endpoint(service_id=service.id, interface=interface, url=url, region_id=REGION)
+    yield
+    for service in made:
+        identity.delete_service(service)
+    admin.close()
+
 
 @pytest.fixture
 def nova(local: LocalCloud, tmp_path: Path) -> Iterator[Nova]:
@@ -100,18 +130,10 @@ def nova(local: LocalCloud, tmp_path: Path) -> Iterator[Nova]:
     thread.start()
     folder = tmp_path / "nova"
     folder.mkdir()
-    made = Nova(folder, local, neutron.server_address[1])
-    admin = local.admin()
-    identity: Any = admin.identity
-    service = identity.create_service(name="nova", type="compute")
-    for interface in ("public", "internal"):
-        url = f"http://127.0.0.1:{made.port}/v2.1"
-        identity.create_endpoint(service_id=service.id, interface=interface, url=url, region_id=REGION)
-    yield made
-    identity.delete_service(service)
-    admin.close()
-    made.process.terminate()
-    made.process.wait()
+    made = Nova(folder, local, f"http://127.0.0.1:{neutron.server_address[1]}")
+    with in_catalogue(local, {"compute": f"http://127.0.0.1:{made.port}/v2.1"}):
+        yield made
+    made.end()
     neutron.shutdown()
     neutron.server_close()
     thread.join()
