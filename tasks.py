@@ -24,6 +24,7 @@ from bakehouse import (
 )
 from bakehouse import userdata as users_data
 from bakehouse.errors import BakehouseError
+from bakehouse.server_checks import Wanted
 
 
 def command(function: Callable[..., None], **options: Any) -> Any:
@@ -617,9 +618,6 @@ def _up(
     keep_volume: bool = False,
     server_group: str = "",
     zone: str = "",
-    property: list[str] = [],  # noqa: B006
-    server_tag: list[str] = [],  # noqa: B006
-    hint: list[str] = [],  # noqa: B006
     timeout: int = 1800,
     user_data: str = "",
     controller: list[str] = [],  # noqa: B006
@@ -654,38 +652,29 @@ def _up(
         join_seconds=join_timeout,
         keep=keep,
     )
+    shared = cli_nodes.Shared(
+        path=path, node="", key_file=key_file, broker=broker, ca=ca, token_file=token_file, ssh_keys=ssh_key
+    )
     joining = cli_up.user_data(
-        wish,
-        file=user_data,
-        controllers=controller,
-        authentication=authentication,
-        features=feature,
-        key_file=key_file,
-        broker=broker,
-        ca=ca,
-        token_file=token_file,
-        ssh_keys=ssh_key,
+        wish, shared, file=user_data, controllers=controller, authentication=authentication, features=feature
     )
     options = cli_up.OpenStack(
         target=cli_cloud.Target(cloud, region),
         choice=cli_up.Choice(channel=channel, tag=tag, image=image),
-        flavor=flavor,
-        networks=tuple(network),
-        security_groups=tuple(security_group),
-        vnic_type=vnic_type,
-        floating_network=floating_network,
-        key_pair=key_pair,
+        wanted=Wanted(
+            flavor,
+            networks=tuple(network),
+            security_groups=tuple(security_group),
+            vnic_type=vnic_type,
+            key_pair=key_pair,
+            config_drive=config_drive,
+            volume=cli_up.volume(volume_size, volume_type, keep=keep_volume),
+            group=server_group,
+            zone=zone,
+            floating_network=floating_network,
+        ),
         identity=identity,
         login=login,
-        config_drive=config_drive,
-        volume_size=volume_size,
-        volume_type=volume_type,
-        keep_volume=keep_volume,
-        server_group=server_group,
-        zone=zone,
-        properties=tuple(property),
-        tags=tuple(server_tag),
-        hints=tuple(hint),
         timeout=timeout,
     )
     cli_up.up_on_openstack(wish, joining, options, as_json=json)
@@ -952,19 +941,25 @@ verify.add_task(
         },
     )
 )
+JOINING = {
+    "authentication": "munge, or slurm for Slurm's own auth/slurm",
+    "feature": "a feature of the node; may be repeated",
+    "broker": "address of the join broker, such as https://ctl.example.org:8444",
+    "ca": "file with the certificate of the broker's authority",
+    "ssh-key": "file with public keys that may log in; may be repeated",
+}
 userdata = command(
     _userdata,
     name="userdata",
     iterable=["controller", "feature", "ssh_key", "ca_hash", "label", "taint"],
-    help={
+    help=JOINING
+    | {
         "platform": "the platform: slurm, kubernetes or roce",
         "path": "how the node comes to be: bake, or bootstrap, of a plain image",
         "bundle": "with the path bootstrap: the file that bootstrap.bundle wrote",
         "bundle-url": "where nodes fetch it",
         "node": "the node's name; by default the one that its cloud gives it",
         "controller": "HOST or HOST:PORT of slurmctld; may be repeated",
-        "authentication": "munge, or slurm for Slurm's own auth/slurm",
-        "feature": "a feature of the node; may be repeated",
         "hardware": "in place of what slurmd detects, such as 'CPUs=4 RealMemory=3800'",
         "key-file": "the cluster's key, or a bootstrap token, to stand in the user-data itself (the weaker way)",
         "api-server": "HOST or HOST:PORT of the Kubernetes API server",
@@ -974,10 +969,7 @@ userdata = command(
         "taint": "a taint of the node, key=value:NoSchedule; may be repeated",
         "provider-id": "in place of openstack:///UUID from the metadata; none for none",
         "cloud-provider": "external, where the cluster has a cloud controller manager",
-        "broker": "address of the join broker, such as https://ctl.example.org:8444",
-        "ca": "file with the certificate of the broker's authority",
         "token-file": "file with the token, or - for standard input",
-        "ssh-key": "file with public keys that may log in; may be repeated",
         "roce": "file with settings for RDMA devices (roce.yaml), for the platforms roce and slurm",
         "devices": "with the platform roce: RDMA devices that must be there, set up and connected",
         "output": "write to this file, readable by you only",
@@ -987,10 +979,11 @@ userdata = command(
 up = command(
     _up,
     name="up",
-    iterable=["network", "security_group", "property", "server_tag", "hint", "controller", "feature", "ssh_key"],
+    iterable=["network", "security_group", "controller", "feature", "ssh_key"],
     help=PLATFORM
     | CLOUD
     | JSON
+    | JOINING
     | {
         "path": "how the node comes to be: bake",
         "on": "what it runs on: openstack",
@@ -1016,19 +1009,11 @@ up = command(
         "keep-volume": "leave the volumes when the servers go",
         "server-group": "anti-affinity, affinity, soft-anti-affinity, soft-affinity, or the id of a group",
         "zone": "availability zone",
-        "property": "metadata of the servers, KEY=VALUE; may be repeated",
-        "server-tag": "a tag of the servers; may be repeated",
-        "hint": "for Nova's scheduler, KEY=VALUE; may be repeated",
         "timeout": "seconds until all servers must be active",
         "user-data": "a file with user-data; {node} in its name stands for the node's",
         "controller": "without --user-data: HOST or HOST:PORT of slurmctld; may be repeated",
-        "authentication": "munge, or slurm for Slurm's own auth/slurm",
-        "feature": "a feature of the nodes; may be repeated",
         "key-file": "the cluster's key, to stand in the user-data itself (the weaker way)",
-        "broker": "address of the join broker, such as https://ctl.example.org:8444",
-        "ca": "file with the certificate of the broker's authority",
         "token-file": "file with a node's token; {node} in its name stands for the node's",
-        "ssh-key": "file with public keys that may log in; may be repeated",
     },
 )
 down = command(

@@ -19,6 +19,7 @@ from bakehouse import launch as launches
 from bakehouse import settings as site
 from bakehouse.cache import write_atomically
 from bakehouse.cli_cloud import Target
+from bakehouse.cli_nodes import Shared
 from bakehouse.cloud import Cloud
 from bakehouse.errors import BakehouseError
 from bakehouse.launch import Launch
@@ -108,101 +109,49 @@ class OpenStack:
 
     target: Target
     choice: Choice
-    flavor: str
-    networks: tuple[str, ...] = ()
-    security_groups: tuple[str, ...] = ()
-    vnic_type: str = ""
-    key_pair: str = ""
+    wanted: Wanted
     identity: str = ""
     """The file with the private key of the key pair."""
     login: str = ""
     """The user to log in as; by default the one that the image names."""
-    config_drive: bool = False
-    volume_size: int = 0
-    """GiB of a volume to boot from; 0 for none."""
-    volume_type: str = ""
-    keep_volume: bool = False
-    server_group: str = ""
-    zone: str = ""
-    properties: tuple[str, ...] = ()
-    """KEY=VALUE."""
-    tags: tuple[str, ...] = ()
-    hints: tuple[str, ...] = ()
-    """KEY=VALUE for Nova's scheduler."""
-    floating_network: str = ""
     timeout: float = server.BUILD_SECONDS
     """Seconds until the servers must be active."""
 
-    def wanted(self, image: str) -> Wanted:
-        """Return what servers shall be like.
-
-        Raises:
-            BakehouseError: flags do not go together.
-        """
-        if not self.flavor:
+    def __post_init__(self) -> None:
+        if not self.wanted.flavor:
             raise BakehouseError("no flavor is given", hint="--flavor NAME: `openstack flavor list`")
-        if not self.volume_size and (self.volume_type or self.keep_volume):
-            raise BakehouseError(
-                "--volume-type and --keep-volume need --volume-size", hint="--volume-size GIB boots from a volume"
-            )
         if self.identity and not Path(self.identity).expanduser().is_file():
             raise BakehouseError(f"--identity {self.identity} is not a file", hint="the private key of --key-pair")
-        if self.identity and not self.key_pair:
+        if self.identity and not self.wanted.key_pair:
             raise BakehouseError("--identity without --key-pair", hint="a key is made where neither is given")
-        return Wanted(
-            image=image,
-            flavor=self.flavor,
-            networks=self.networks,
-            security_groups=self.security_groups,
-            vnic_type=self.vnic_type,
-            key_pair=self.key_pair,
-            config_drive=self.config_drive,
-            volume=Volume(self.volume_size, self.volume_type, self.keep_volume) if self.volume_size else None,
-            group=self.server_group,
-            zone=self.zone,
-            metadata=_pairs("--property", self.properties),
-            tags=self.tags,
-            hints=_pairs("--hint", self.hints),
-            floating_network=self.floating_network,
+
+
+def volume(size: int, kind: str, *, keep: bool) -> Volume | None:
+    """Return the volume to boot from, as flags say it; None for none.
+
+    Raises:
+        BakehouseError: flags do not go together.
+    """
+    if not size and (kind or keep):
+        raise BakehouseError(
+            "--volume-type and --keep-volume need --volume-size", hint="--volume-size GIB boots from a volume"
         )
-
-
-def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
-    pairs = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise BakehouseError(f"{flag} {text}: it is KEY=VALUE")
-        pairs[key] = value
-    return pairs
+    return Volume(size, kind, keep) if size else None
 
 
 def user_data(
-    wish: Wish,
-    *,
-    file: str,
-    controllers: list[str],
-    authentication: str,
-    features: list[str],
-    key_file: str,
-    broker: str,
-    ca: str,
-    token_file: str,
-    ssh_keys: list[str],
+    wish: Wish, shared: Shared, *, file: str, controllers: list[str], authentication: str, features: list[str]
 ) -> UserData:
     """Return what gives nodes the user-data that makes them join.
 
     Args:
         wish: which nodes.
-        file: with user-data. ``{node}`` in its name, as in token_file's, stands for the node's name.
+        shared: as for the task userdata, and so the rest. Its node is filled in, and so is ``{node}`` in the name of
+            its token_file, since each token is for one node.
+        file: with user-data; ``{node}`` in its name stands for the node's name.
         controllers: without a file: where slurmctld listens.
-        authentication: munge or slurm; this and the rest as for the task userdata.
+        authentication: munge or slurm.
         features: of the nodes.
-        key_file: with the cluster's key.
-        broker: where the key is fetched.
-        ca: of the broker.
-        token_file: with a token for the broker, each for one node.
-        ssh_keys: files with public keys.
 
     Raises:
         BakehouseError: flags do not go together; and by what is returned, where a file cannot be read.
@@ -212,7 +161,12 @@ def user_data(
             "--user-data and --controller" if file else "nothing says how the nodes join",
             hint="--user-data FILE, or --controller HOST with --broker, --ca and --token-file, or with --key-file",
         )
-    if wish.count > 1 and token_file and NODE not in token_file:
+    if not file and wish.platform in {"kubernetes", "roce"}:
+        raise BakehouseError(
+            f"--controller is for Slurm nodes, and --platform is {wish.platform}",
+            hint=f"`invoke userdata --platform {wish.platform}` makes a file for --user-data",
+        )
+    if wish.count > 1 and shared.token_file and NODE not in shared.token_file:
         raise BakehouseError(
             "a token is for one node", hint=f"--token-file 'token-{NODE}': one file for each node, such as token-node-1"
         )
@@ -220,12 +174,9 @@ def user_data(
         return lambda node: cli_nodes.text_of("--user-data", file.replace(NODE, node))
 
     def make(node: str) -> str:
-        shared = cli_nodes.Shared(
-            path=wish.path, node=node, key_file=key_file, broker=broker, ca=ca,
-            token_file=token_file.replace(NODE, node), ssh_keys=ssh_keys,
-        )  # fmt: skip
+        own = dataclasses.replace(shared, node=node, token_file=shared.token_file.replace(NODE, node))
         return userdata.render(cli_nodes.slurm_join(
-            shared, platform=wish.platform, controllers=controllers, authentication=authentication, features=features,
+            own, platform="slurm", controllers=controllers, authentication=authentication, features=features,
             hardware="", roce="",
         ))  # fmt: skip
 
@@ -250,7 +201,6 @@ def up_on_openstack(wish: Wish, joining: UserData, options: OpenStack, *, as_jso
         BakehouseError: something is not there, does not fit, cannot be made, or does not join.
     """
     settings = site.load()
-    options.wanted("")
     encoded = server.encode_all(wish.nodes, joining)
     progress_console = errors if as_json else console
     stages = ["check", *server.STAGES, *([JOIN_STAGE] if wish.until == JOIN_STAGE else [])]
@@ -282,7 +232,7 @@ def _checked(cloud: Cloud, wish: Wish, options: OpenStack, settings: Settings) -
     if not image:
         catalogue = Catalogue.read(cloud, settings.image_owner)
         image = pin.choose(catalogue, wish.platform, channel_name=choice.channel, tag=choice.tag).id
-    checked = server_checks.check(cloud, options.wanted(image), wish.count)
+    checked = server_checks.check(cloud, dataclasses.replace(options.wanted, image=image), wish.count)
     there = [thing for thing in teardown.find(cloud) if thing.mark.name == wish.name and not thing.kept]
     if there:
         raise BakehouseError(
@@ -296,7 +246,6 @@ def _launch(cloud: Cloud, wish: Wish, checked: Checked) -> Launch:
     return Launch(
         name=wish.name,
         identity=launches.new_identity(),
-        on=OPENSTACK,
         platform=wish.platform,
         path=wish.path,
         image=checked.image.id,
@@ -311,9 +260,9 @@ def _launch(cloud: Cloud, wish: Wish, checked: Checked) -> Launch:
 
 def _access(launch: Launch, checked: Checked, options: OpenStack) -> Access:
     user = options.login or checked.image.properties.get("os_admin_user", DEFAULT_USER)
-    if options.key_pair:
+    if options.wanted.key_pair:
         identity = str(Path(options.identity).expanduser()) if options.identity else ""
-        return Access(options.key_pair, "", user, identity)
+        return Access(options.wanted.key_pair, "", user, identity)
     key = machine.make_key(launch.folder)
     return Access("", key.with_suffix(".pub").read_text().strip(), user, str(key))
 
@@ -441,7 +390,6 @@ def down_on_openstack(
     noted = (
         launches.notes() if everything else [one for one in launches.notes() if name in {one.name, one.identity, ""}]
     )
-    noted = [one for one in noted if one.on == OPENSTACK]
     settings = site.load()
     tell = _to_errors if as_json else say
     with run.ending_on_sigterm(), _where(target, noted).connect(settings) as cloud:

@@ -89,8 +89,6 @@ class Launch:
 
     name: str
     identity: str
-    on: str
-    """What they run on, such as openstack."""
     platform: str
     path: str
     image: str

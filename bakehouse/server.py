@@ -28,6 +28,7 @@ from bakehouse.server_console import POLL_SECONDS as CONSOLE_SECONDS
 from bakehouse.server_console import ServerConsole
 from bakehouse.teardown import MICROVERSION
 from bakehouse.timeline import GuestFacts, Timeline
+from bakehouse.waiting import TooLateError
 
 STAGES = ("key and group", "volumes", "ports", "servers", "active", "floating IPs")
 """Of start(), for its progress."""
@@ -88,11 +89,7 @@ class Server:
 
         try:
             waiting.until(what, fact, seconds, poll=POLL_SECONDS, check=self.check, last_words=last_words)
-        except CloudError:
-            raise
-        except BakehouseError as error:
-            if not error.message.startswith(f"no {what} within"):
-                raise
+        except TooLateError as error:
             raise BakehouseError(f"{self.node}: {error.message}", hint=self._why_unknown(), log=error.log) from None
 
     def _why_unknown(self) -> str:
@@ -332,11 +329,10 @@ class _Starting:
     def make_servers(self, user_data: Mapping[str, str]) -> None:
         for node in self.launch.nodes:
             body = self.body(node, user_data[node])
-            hints = {**self.wanted.hints, **({"group": self.group} if self.group else {})}
             asked = time.monotonic()
             made = self._create(
                 "/servers", "server", body, "server", node, service="compute", microversion=MICROVERSION,
-                beside={"os:scheduler_hints": hints} if hints else {},
+                beside={"os:scheduler_hints": {"group": self.group}} if self.group else {},
             )  # fmt: skip
             console = ServerConsole(self.cloud, made["id"], self.launch.folder / f"console-{node}.log")
             self.opened.callback(console.close)
@@ -353,8 +349,8 @@ class _Starting:
             "name": node,
             "flavorRef": self.checked.flavor,
             "networks": [{"port": port["id"]} for port in self.ports[node]],
-            "metadata": {**self.wanted.metadata, **facts, **mark},
-            "tags": [*dict.fromkeys([TAG, f"{TAG}-{self.launch.identity}", *self.wanted.tags])],
+            "metadata": {**facts, **mark},
+            "tags": [TAG, f"{TAG}-{self.launch.identity}"],
             "key_name": self.key_pair,
             "config_drive": self.wanted.config_drive,
         }
@@ -392,11 +388,7 @@ class _Starting:
 
         try:
             waiting.until("active servers", all_active, seconds, poll=POLL_SECONDS)
-        except CloudError:
-            raise
-        except BakehouseError as error:
-            if not error.message.startswith("no active servers"):
-                raise
+        except TooLateError:
             names = ", ".join(server.node for server in waiting_for.values())
             raise BakehouseError(
                 f"{names}: not active within {seconds:.0f} s",

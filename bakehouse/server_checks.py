@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
@@ -27,9 +27,6 @@ VNIC_TYPES = ("normal", "direct", "macvtap", "direct-physical", "baremetal", "vd
 """Of ports (Networking API, binding:vnic_type)."""
 
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
-
-TAG = r"[^/,]{1,60}"
-"""A tag of a server (Compute API, tags)."""
 
 UNLIMITED = -1
 
@@ -53,9 +50,9 @@ class Volume:
 class Wanted:
     """What servers shall be like, as it was asked for."""
 
-    image: str
-    """Id or name, as all that follow."""
     flavor: str
+    """Id or name, as all that follow."""
+    image: str = ""
     networks: tuple[str, ...] = ()
     """The project's only network by default."""
     security_groups: tuple[str, ...] = ()
@@ -68,10 +65,6 @@ class Wanted:
     group: str = ""
     """Id of a server group, or a policy: then one is made."""
     zone: str = ""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    tags: tuple[str, ...] = ()
-    hints: Mapping[str, str] = field(default_factory=dict)
-    """For Nova's scheduler."""
     floating_network: str = ""
     """The external network of floating IPs; none are made without one."""
 
@@ -118,7 +111,11 @@ def check(cloud: Cloud, wanted: Wanted, count: int) -> Checked:
     Raises:
         BakehouseError: something is not there, does not fit, or goes beyond a quota.
     """
-    _check_words(wanted)
+    if wanted.vnic_type and wanted.vnic_type not in VNIC_TYPES:
+        raise BakehouseError(
+            f"--vnic-type {wanted.vnic_type}: it is one of {', '.join(VNIC_TYPES)}"
+            f"{did_you_mean(wanted.vnic_type, [*VNIC_TYPES])}"
+        )
     for service, what in (("compute", "compute service (Nova)"), ("network", "network service (Neutron)")):
         if not cloud.has(service):
             raise BakehouseError(f"{cloud.place} has no {what}", hint="check 'region_name' in clouds.yaml, or --region")
@@ -145,25 +142,6 @@ def check(cloud: Cloud, wanted: Wanted, count: int) -> Checked:
     )
     _check_quota(cloud, wanted, flavor, count)
     return found
-
-
-def _check_words(wanted: Wanted) -> None:
-    if wanted.vnic_type and wanted.vnic_type not in VNIC_TYPES:
-        raise BakehouseError(
-            f"--vnic-type {wanted.vnic_type}: it is one of {', '.join(VNIC_TYPES)}"
-            f"{did_you_mean(wanted.vnic_type, [*VNIC_TYPES])}"
-        )
-    for tag in wanted.tags:
-        if not re.fullmatch(TAG, tag):
-            raise BakehouseError(
-                f"{tag!r} cannot be a tag of a server", hint="60 characters at most, no / and no comma"
-            )
-    for key, value in wanted.metadata.items():
-        if not re.fullmatch(r"[a-zA-Z0-9-_:. ]{1,255}", key) or len(value) > 255:  # noqa: PLR2004 - Nova's own limit
-            raise BakehouseError(
-                f"{key}={value} cannot be metadata of a server",
-                hint="letters, digits and -_:. in the key; 255 characters at most in key and value",
-            )
 
 
 def _one(

@@ -40,8 +40,6 @@ class ServerConsole:
         self.server = server
         self.silent = ""
         """Why the cloud gives no console log; empty as long as it may."""
-        self.gaps = 0
-        """How often more was said between two looks than the cloud keeps."""
         self._before = ""
         self._asked = -POLL_SECONDS
         reading, self._writing = os.pipe()
@@ -93,7 +91,7 @@ class ServerConsole:
     def _take(self, now: str) -> None:
         new = news(self._before, now)
         if new is None:
-            self.gaps += 1
+            # More was said between two looks than the cloud keeps.
             new = f"\n{now}"
         self._before = now
         data = new.encode(errors="replace")

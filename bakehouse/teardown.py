@@ -15,6 +15,7 @@ from bakehouse.cloud import Cloud, CloudError
 from bakehouse.compute import PAGE
 from bakehouse.errors import BakehouseError
 from bakehouse.launch import KEPT, Mark
+from bakehouse.waiting import TooLateError
 
 MICROVERSION = "2.64"
 """Of Nova's API (Rocky, 2018): server groups have one policy, servers can be made with tags."""
@@ -253,9 +254,7 @@ def _wait(cloud: Cloud, thing: Thing, seconds: float) -> None:
 
     try:
         waiting.until(f"end of {thing}", gone, seconds, poll=POLL_SECONDS)
-    except CloudError:
-        raise
-    except BakehouseError:
+    except TooLateError:
         reason = refused.message if refused else f"it is still there after {seconds:.0f} s"
         raise BakehouseError(reason) from None
 

@@ -8,6 +8,10 @@ from collections.abc import Callable
 from bakehouse.errors import BakehouseError
 
 
+class TooLateError(BakehouseError):
+    """Something did not come to hold within its time."""
+
+
 def until(
     what: str,
     fact: Callable[[], bool],
@@ -28,13 +32,13 @@ def until(
         last_words: what an error shows below itself, such as the end of a log.
 
     Raises:
-        BakehouseError: it did not come to hold.
+        TooLateError: it did not come to hold.
     """
     deadline = time.monotonic() + seconds
     while not fact():
         check()
         if time.monotonic() > deadline:
-            raise BakehouseError(
+            raise TooLateError(
                 f"no {what} within {seconds:.0f} s",
                 hint="the last lines of what was said are above; a busy host may need more time",
                 log=last_words(),

@@ -84,7 +84,7 @@ def test_nova_takes_what_is_asked_of_it_and_nothing_is_left(place: Place) -> Non
     before = len(place.fake.asked)
     done = place.up(
         "--count", "2", "--network", "cluster", "--security-group", "default", "--server-group", "soft-anti-affinity",
-        "--property", "team=hpc", "--server-tag", "nightly", "--config-drive", "--vnic-type", "direct",
+        "--config-drive", "--vnic-type", "direct",
     )  # fmt: skip
     assert "blue-1, blue-2: not active within 4 s" in done.err, done.out + done.err
     assert "nothing of it is left" in done.out
