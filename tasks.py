@@ -628,6 +628,8 @@ def _up(
     ca: str = "",
     token_file: str = "",
     ssh_key: list[str] = [],  # noqa: B006
+    bundle: str = "",
+    bundle_url: str = "",
     json: bool = False,
 ) -> None:
     r"""Bring nodes up on a cloud, wait until they have joined their cluster, and show what their boots waited for.
@@ -641,6 +643,8 @@ def _up(
       invoke up --platform slurm --name blue --count 4 --flavor m1.large --network cluster \
           --server-group anti-affinity --user-data 'blue-{node}.yaml'
       invoke up --platform kubernetes --tag 20261123-5853cc9 --flavor m1.large --volume-size 20 --user-data nodes.yaml
+      invoke up --platform slurm --path bootstrap --bundle slurm.tar.gz --bundle-url https://web/slurm.tar.gz \
+          --flavor m1.large --controller ctl.example.org --key-file munge.key
     """
     cli_nodes.one_of("--on", on, cli_up.MACHINES)
     wish = cli_up.Wish(
@@ -653,7 +657,15 @@ def _up(
         keep=keep,
     )
     shared = cli_nodes.Shared(
-        path=path, node="", key_file=key_file, broker=broker, ca=ca, token_file=token_file, ssh_keys=ssh_key
+        path=path,
+        node="",
+        key_file=key_file,
+        broker=broker,
+        ca=ca,
+        token_file=token_file,
+        ssh_keys=ssh_key,
+        bundle=bundle,
+        bundle_url=bundle_url,
     )
     joining = cli_up.user_data(
         wish, shared, file=user_data, controllers=controller, authentication=authentication, features=feature
@@ -942,6 +954,9 @@ verify.add_task(
     )
 )
 JOINING = {
+    "path": "how the node comes to be: bake, or bootstrap, of a plain image",
+    "bundle": "with the path bootstrap: the file that bootstrap.bundle wrote",
+    "bundle-url": "where nodes fetch it",
     "authentication": "munge, or slurm for Slurm's own auth/slurm",
     "feature": "a feature of the node; may be repeated",
     "broker": "address of the join broker, such as https://ctl.example.org:8444",
@@ -955,9 +970,6 @@ userdata = command(
     help=JOINING
     | {
         "platform": "the platform: slurm, kubernetes or roce",
-        "path": "how the node comes to be: bake, or bootstrap, of a plain image",
-        "bundle": "with the path bootstrap: the file that bootstrap.bundle wrote",
-        "bundle-url": "where nodes fetch it",
         "node": "the node's name; by default the one that its cloud gives it",
         "controller": "HOST or HOST:PORT of slurmctld; may be repeated",
         "hardware": "in place of what slurmd detects, such as 'CPUs=4 RealMemory=3800'",
@@ -985,7 +997,6 @@ up = command(
     | JSON
     | JOINING
     | {
-        "path": "how the node comes to be: bake",
         "on": "what it runs on: openstack",
         "name": "of the launch, whose nodes are NAME-1, NAME-2, ...; the platform's by default",
         "count": "how many nodes",

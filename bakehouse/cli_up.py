@@ -37,7 +37,10 @@ OPENSTACK = "openstack"
 MACHINES = (OPENSTACK,)
 """What nodes can come up on."""
 
-PATHS = ("bake",)
+PATHS = ("bake", "bootstrap")
+
+BASE = "base"
+"""The manifest whose image is booted by paths that set nodes up at boot."""
 
 UNTIL = ("joined", "active")
 
@@ -231,7 +234,8 @@ def _checked(cloud: Cloud, wish: Wish, options: OpenStack, settings: Settings) -
     image = choice.image
     if not image:
         catalogue = Catalogue.read(cloud, settings.image_owner)
-        image = pin.choose(catalogue, wish.platform, channel_name=choice.channel, tag=choice.tag).id
+        platform = wish.platform if wish.path == "bake" else BASE
+        image = pin.choose(catalogue, platform, channel_name=choice.channel, tag=choice.tag).id
     checked = server_checks.check(cloud, dataclasses.replace(options.wanted, image=image), wish.count)
     there = [thing for thing in teardown.find(cloud) if thing.mark.name == wish.name and not thing.kept]
     if there:

@@ -188,6 +188,17 @@ def test_an_image_comes_from_its_channel_or_tag(fake: FakeNova) -> None:
     down()
 
 
+def test_a_bootstrap_boots_the_base_image(fake: FakeNova) -> None:
+    """Of that name there is one of ours and one of others."""
+    identity = fake.add_image(
+        "base-20261123-1407eec", tags=[MARK], bakehouse_name="base", bakehouse_tag="20261123-1407eec",
+        bakehouse_state="published", bakehouse_platform="base",
+    )  # fmt: skip
+    up(wanted=wish(path="bootstrap"), choice=Choice(tag="20261123"))
+    assert fake.sent("/servers")[0]["server"]["imageRef"] == identity
+    down()
+
+
 def test_the_name_of_a_launch_is_taken_once(fake: FakeNova) -> None:
     up(wanted=wish(until="active"))
     before = fake.left()
@@ -753,7 +764,7 @@ def test_words_that_are_none_are_refused() -> None:
     with pytest.raises(BakehouseError, match="--until ready"):
         wish(until="ready")
     with pytest.raises(BakehouseError, match="--path bootstrap"):
-        wish(path="bootstrap")
+        wish(path="hybrid")
     with pytest.raises(BakehouseError, match="--count 0"):
         wish(count=0)
     with pytest.raises(BakehouseError, match="--tag and --image"):
