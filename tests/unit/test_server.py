@@ -763,7 +763,7 @@ def test_user_data_comes_from_a_file_or_from_what_a_join_needs(tmp_path: Path) -
 def test_words_that_are_none_are_refused() -> None:
     with pytest.raises(BakehouseError, match="--until ready"):
         wish(until="ready")
-    with pytest.raises(BakehouseError, match="--path bootstrap"):
+    with pytest.raises(BakehouseError, match="--path hybrid"):
         wish(path="hybrid")
     with pytest.raises(BakehouseError, match="--count 0"):
         wish(count=0)
