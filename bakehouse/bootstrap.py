@@ -1,4 +1,4 @@
-"""The bootstrap path from outside: the play that makes a plain node one of a platform, over SSH."""
+"""The bootstrap path from outside: a plain node becomes one of a platform, over SSH or in a container."""
 
 from __future__ import annotations
 
@@ -8,9 +8,31 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bakehouse import definition
+import yaml
+
+from bakehouse import definition, userdata
 from bakehouse.errors import BakehouseError
 from bakehouse.plan import Plan
+
+UNIT = "bakehouse-bootstrap.service"
+
+
+def files_of(join: userdata.Join, proxy: str) -> dict[str, tuple[str, int]]:
+    """Return what cloud-init would write on a node, for one without cloud-init: a container of its root.
+
+    Args:
+        join: how it joins.
+        proxy: of its package mirror.
+
+    Returns:
+        Texts and modes by path. With a bundle there is one more that starts the bootstrap, as cloud-init would.
+    """
+    written = yaml.safe_load(userdata.render(join))["write_files"]
+    files = {str(file["path"]): (str(file["content"]), int(file["permissions"], 8)) for file in written}
+    files["/etc/apt/apt.conf.d/90proxy"] = (f'Acquire::http::Proxy "{proxy}";\n', 0o644)
+    if join.bundle:
+        files["/etc/systemd/system/multi-user.target.d/bootstrap.conf"] = (f"[Unit]\nWants={UNIT}\n", 0o644)
+    return files
 
 
 def push(plan: Plan, host: str, *, ssh_config: Path | None = None) -> None:

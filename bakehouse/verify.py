@@ -450,7 +450,7 @@ class NodeConsole(Protocol):
 
 
 def wait_for_join(
-    node: Node, start: int = 0, seconds: float = JOIN_SECONDS, *, ask_seconds: float = ASK_SECONDS
+    node: Node, start: int = 0, seconds: float = JOIN_SECONDS, *, ask_seconds: float | None = None
 ) -> int:
     """Wait until the agent of a machine says that it has joined. Return the number of the console's line.
 
@@ -461,7 +461,7 @@ def wait_for_join(
         node: the machine.
         start: the number of the console's line to begin with.
         seconds: how long at most.
-        ask_seconds: how often it is asked.
+        ask_seconds: how often it is asked; ASK_SECONDS by default.
 
     Raises:
         BakehouseError: it says that it cannot, or it says nothing within the time.
@@ -472,7 +472,7 @@ def wait_for_join(
         nonlocal asked
         if node.console.find(AGENTS_END, start):
             return True
-        if time.monotonic() - asked < ask_seconds:
+        if time.monotonic() - asked < (ASK_SECONDS if ask_seconds is None else ask_seconds):
             return False
         asked = time.monotonic()
         return agents_status(node).get("state") == "joined"

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 
-from bakehouse import cluster, container, definition, plan, userdata, waiting
+from bakehouse import bootstrap, cluster, container, definition, plan, userdata, waiting
 from bakehouse.cluster import Cluster
 from bakehouse.container import Container
 from bakehouse.harness import BootMachine
@@ -36,12 +35,8 @@ WEB_PORT = 8080
 WEB = "/run/web"
 BUNDLE = "slurm.tar.gz"
 FOLDER = "/var/lib/bakehouse/bootstrap"
-UNIT = "bakehouse-bootstrap.service"
 SECONDS = 300
 """How long a bootstrap may take on a busy host; it takes half a minute."""
-
-PROXY = "/etc/apt/apt.conf.d/90proxy"
-START = "/etc/systemd/system/multi-user.target.d/bootstrap.conf"
 
 PLAY = (
     f"cd {FOLDER}/bundle && HOME=/root LC_ALL=C.UTF-8 ANSIBLE_NOCOLOR=1"
@@ -72,21 +67,9 @@ class Site:
 
     def plain(self, name: str, *, with_bundle: bool = True) -> AbstractContextManager[Container]:
         """Boot a plain node with what cloud-init would write."""
-        bundle = self.wanted if with_bundle else None
-        files = {**written(self.slurm.join(name, bundle=bundle)), PROXY: (self.proxy, 0o644)}
-        if with_bundle:
-            files[START] = (f"[Unit]\nWants={UNIT}\n", 0o644)
+        join = self.slurm.join(name, bundle=self.wanted if with_bundle else None)
+        files = bootstrap.files_of(join, self.mirror.proxy)
         return container.boot(self.slurm.network, self.base, name, files=files, layer="4g")
-
-    @property
-    def proxy(self) -> str:
-        return f'Acquire::http::Proxy "{self.mirror.proxy}";\n'
-
-
-def written(join: userdata.Join) -> dict[str, tuple[str, int]]:
-    """Return what cloud-init would write, with modes, by path."""
-    files = yaml.safe_load(userdata.render(join))["write_files"]
-    return {str(file["path"]): (str(file["content"]), int(file["permissions"], 8)) for file in files}
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +147,8 @@ OWN = (
 """Paths of which two nodes of one definition may have different ones."""
 
 ONLY_BOOTSTRAPPED = (
-    rf"{FOLDER}(/.*)?|/usr/local/sbin/bakehouse-bootstrap|/etc/systemd/system/{UNIT}|/etc/bakehouse/bootstrap\.env"
-    rf"|{PROXY}|{START}|{Path(START).parent}|/root/\.ansible(/.*)?|/root/\.cache(/.*)?"
+    rf"{FOLDER}(/.*)?|/usr/local/sbin/bakehouse-bootstrap|/etc/systemd/system/{bootstrap.UNIT}|/etc/bakehouse/bootstrap\.env"
+    r"|/etc/systemd/system/multi-user\.target\.d(/.*)?|/root/\.ansible(/.*)?|/root/\.cache(/.*)?"
     # Python compiles what runs.
     r"|.*/__pycache__(/.*)?"
 )
@@ -186,7 +169,7 @@ def listed(node: Container) -> dict[str, list[object]]:
 def test_a_bootstrapped_node_is_what_a_baked_one_is(bootstrap_site: Site) -> None:
     """It joins, and holds the same packages and files; beside them Ansible's. A second run changes nothing."""
     slurm = bootstrap_site.slurm
-    baked_files = written(slurm.join("baked"))
+    baked_files = bootstrap.files_of(slurm.join("baked"), bootstrap_site.mirror.proxy)
     with (
         bootstrap_site.plain("plain") as plain,
         container.boot(slurm.network, bootstrap_site.baked, "baked", files=baked_files, layer="4g") as baked,
@@ -213,14 +196,14 @@ def test_a_bootstrapped_node_is_what_a_baked_one_is(bootstrap_site: Site) -> Non
         more = {path for path in has_files.keys() - should_files.keys() if not re.fullmatch(OWN, path)}
         more -= files_of(plain, for_ansible)
         assert sorted(path for path in more if not re.fullmatch(ONLY_BOOTSTRAPPED, path)) == []
-        assert units(plain) - units(baked) == {(UNIT, "disabled", "enabled")}
+        assert units(plain) - units(baked) == {(bootstrap.UNIT, "disabled", "enabled")}
         assert units(baked) - units(plain) == set()
 
         again = plain.shell(PLAY, timeout=SECONDS)
         assert re.search(r"changed=0 .*failed=0", again), again
-        plain.shell(f"systemctl restart {UNIT}")
+        plain.shell(f"systemctl restart {bootstrap.UNIT}")
         assert said(plain) == "applied"
-        assert "started" not in plain.journal("--unit", UNIT, "--output=cat").partition(" applied")[2]
+        assert "started" not in plain.journal("--unit", bootstrap.UNIT, "--output=cat").partition(" applied")[2]
 
 
 def brought_by(node: Container, *names: str) -> set[str]:

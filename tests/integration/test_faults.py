@@ -296,6 +296,8 @@ def test_a_configuration_that_is_wrong_is_named_and_taken_when_it_is_right(contr
 
 def test_a_full_disk_is_named_and_room_helps(controller: Cluster) -> None:
     with node(controller, "full", "", layer="24m") as one:
+        # Before it has a machine id it cannot ask for an address.
+        one.wait("address", lambda: "inet 10." in one.run("ip", "-4", "address", "show", "dev", "host0").stdout)
         one.run("sh", "-c", "dd if=/dev/zero of=/fill bs=64k; sync")
         # Written where there is room, since the disk has none.
         one.shell("mkdir -p /run/room")

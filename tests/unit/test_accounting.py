@@ -21,7 +21,7 @@ class FakeController:
         self.folder = folder
         self.authentication = authentication
         self.root = Path("/root/of/controller")
-        self.network = SimpleNamespace(pid=2**22 + 1)
+        self.network = SimpleNamespace(but_for_network=["false"])
         self.commands: list[str] = []
         self.daemons: list[str] = []
         self.replaced: list[tuple[str, str]] = []

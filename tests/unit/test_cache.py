@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bakehouse import cache
+from bakehouse import cache, waiting
 from bakehouse.cache import FRESH_DAYS, BaseCache
 
 NOW = datetime.datetime(2026, 6, 1, 12, 0, tzinfo=datetime.UTC)
@@ -194,6 +194,9 @@ def test_services_of_the_local_openstack_go_with_age_unless_they_run(tmp_path: P
     program.symlink_to("/bin/sleep")
     assert {entry.kind for entry in cache.entries()} == {"OpenStack services"}
     with subprocess.Popen([program, "60"]) as running:
+        # The kernel tells its command line a moment after Popen has returned.
+        told = Path(f"/proc/{running.pid}/cmdline")
+        waiting.until("command line", lambda: told.read_bytes() != b"", 20, poll=0.01)
         removed = cache.prune(0, datetime.datetime.now(datetime.UTC))
         running.kill()
     assert [entry.name for entry in removed] == ["openstack-old"]

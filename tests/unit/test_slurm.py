@@ -37,7 +37,8 @@ class FakeNetwork:
     def run(self, command: list[str | Path]) -> None:
         self.ran.append([*map(str, command)])
 
-    def start(self, command: list[str | Path], output: Path) -> subprocess.Popen[bytes]:
+    def start(self, command: list[str | Path], _output: Path, *, prefix: list[str]) -> subprocess.Popen[bytes]:
+        assert prefix == self.everything
         self.started.append([*map(str, command)])
         return subprocess.Popen(["true"])
 
