@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from bakehouse import cluster, container, machine, userdata, verify
@@ -25,6 +24,7 @@ from bakehouse.record import Record
 from bakehouse.run import Log
 from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
+from bakehouse.timeline import accelerator_text
 
 PLAIN = {"cloud": "debian-cloud", "generic": "debian-generic"}
 """The manifests of the images that ours are compared with, by kernel."""
@@ -129,9 +129,8 @@ def native(image: Path) -> float:
         log = stack.enter_context(Log(Path(name, "bench.log")))
         made = stack.enter_context(cluster.up(image, log, cgroups=False))
         made.controller.start()
-        told = yaml.safe_load(userdata.render(made.join("native")))["write_files"][0]
-        files = {str(told["path"]): (str(told["content"]), 0o600)}
         root = made.network.mount_image(image)
+        files = userdata.files(made.join("native"))
         node = stack.enter_context(container.boot(made.network, root, "native", files=files))
         status: dict[str, Any] = {}
 
@@ -292,7 +291,7 @@ def _agent_rows(joining: Sequence[Boot], whole: float, platform: str) -> list[Ro
 
 
 def _accelerator(boots: Sequence[Boot]) -> str:
-    return {"kvm": "KVM", "tcg": "emulation"}.get(boots[0].accelerator, boots[0].accelerator)
+    return accelerator_text(boots[0].accelerator)
 
 
 def _seconds(moments: Sequence[Reached]) -> float:

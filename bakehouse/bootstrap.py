@@ -8,8 +8,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import yaml
-
 from bakehouse import definition, userdata
 from bakehouse.errors import BakehouseError
 from bakehouse.plan import Plan
@@ -27,8 +25,7 @@ def files_of(join: userdata.Join, proxy: str) -> dict[str, tuple[str, int]]:
     Returns:
         Texts and modes by path. With a bundle there is one more that starts the bootstrap, as cloud-init would.
     """
-    written = yaml.safe_load(userdata.render(join))["write_files"]
-    files = {str(file["path"]): (str(file["content"]), int(file["permissions"], 8)) for file in written}
+    files = userdata.files(join)
     files["/etc/apt/apt.conf.d/90proxy"] = (f'Acquire::http::Proxy "{proxy}";\n', 0o644)
     if join.bundle:
         files["/etc/systemd/system/multi-user.target.d/bootstrap.conf"] = (f"[Unit]\nWants={UNIT}\n", 0o644)

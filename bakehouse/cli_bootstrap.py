@@ -23,11 +23,9 @@ def bundle(platform: str, output: str, *, as_json: bool) -> None:
         BakehouseError: it cannot be made or written.
     """
     wanted = plan.make(platform, site.load())
-    made = definition.of(wanted)
-    target = Path(output or f"{made.label}.tar.gz")
+    target = Path(output or definition.bundle_name(wanted))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        definition.write_bundle(wanted, target)
+        made = definition.write_bundle(wanted, target)
     except OSError as error:
         raise BakehouseError(f"{target} cannot be written: {error.strerror}") from error
     content = target.read_bytes()

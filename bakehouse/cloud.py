@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import openstack.config
 import openstack.connection
@@ -40,6 +41,9 @@ LONGEST_PAUSE_SECONDS = 10.0
 
 LONGEST_RETRY_AFTER_SECONDS = 60.0
 """How long a service may tell us to stay away (Retry-After, RFC 9110) and be obeyed."""
+
+PAGE = 1000
+"""Entries of a list that are asked for at a time."""
 
 CREATED = (200, 201, 202)
 """What services answer to a request that makes something: Nova 202 for a server, 200 for a group, Neutron 201."""
@@ -155,6 +159,29 @@ class Cloud:
             method, path, service, region, ok, what, options
         )
         return _retrying(self.patience)(attempt) if retry else attempt()
+
+    def pages(
+        self, path: str, key: str, *, service: str, what: str, query: str = "", **options: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Yield all of a list, which services give page by page.
+
+        Args:
+            path: below the service's endpoint, without a query.
+            key: of the list in the answer.
+            service: its type in the catalogue.
+            what: what is being done, for errors.
+            query: what is asked for, with an ampersand at its end.
+            options: as for request().
+
+        Raises:
+            CloudError: the service does not answer.
+        """
+        query += f"limit={PAGE}"
+        while query:
+            page = self.request("GET", f"{path}?{query}", service=service, what=what, **options).json()
+            yield from page[key]
+            links = [link["href"] for link in page.get(f"{key}_links", []) if link.get("rel") == "next"]
+            query = urlsplit(links[0]).query if links else ""
 
     def create(
         self, path: str, body: Mapping[str, Any], find: Callable[[], Any], *, service: str, what: str, **options: Any

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from bakehouse.cache import write_atomically
 from bakehouse.errors import BakehouseError
+from bakehouse.record import text_of_format
 from bakehouse.timeline import FIRST_JOB, JOINED, Span, Timeline
 
 FORMAT = 1
@@ -677,12 +677,7 @@ def read(path: Path) -> Comparison:
         BakehouseError: it cannot be read or is not a result.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        written = json.loads(text)
-        form = written.get("format") if isinstance(written, dict) else None
-        if isinstance(form, int) and form > FORMAT:
-            raise BakehouseError(f"{path} has format {form}, written by a newer Bakehouse", hint="update this checkout")
-        return Comparison.model_validate_json(text)
+        return Comparison.model_validate_json(text_of_format(path, FORMAT))
     except OSError as error:
         raise BakehouseError(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:

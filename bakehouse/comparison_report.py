@@ -26,7 +26,7 @@ from bakehouse.comparison import (
     Spread,
     amount,
 )
-from bakehouse.timeline import JOINED, Span
+from bakehouse.timeline import JOINED, Span, accelerator_text
 
 TEMPLATE = "comparison_report.html.j2"
 
@@ -328,9 +328,8 @@ def show_changes(console: Console, changes: Sequence[Change]) -> None:
 def machine_text(comparison: Comparison) -> str:
     """Return what a comparison ran on, in one line."""
     one = comparison.machine
-    accelerator = {"kvm": "KVM", "tcg": "emulation"}.get(one.accelerator, one.accelerator)
     parts = [one.cpu, f"{one.cores} cores", f"{one.memory / (1 << 30):.0f} GiB", f"Linux {one.kernel}"]
-    return ", ".join([*parts, f"QEMU {one.qemu}" if one.qemu else "QEMU", accelerator])
+    return ", ".join([*parts, f"QEMU {one.qemu}" if one.qemu else "QEMU", accelerator_text(one.accelerator)])
 
 
 def _cell(one: Spread | None, which: str, unit: str) -> str:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from http import HTTPStatus
-from urllib.parse import urlsplit
 
 from bakehouse.cloud import Cloud, CloudError
-
-PAGE = 1000
 
 
 @dataclass(frozen=True)
@@ -75,14 +72,9 @@ def _not_answered(cloud: Cloud, region: str, error: CloudError) -> Usage:
 
 def _count(cloud: Cloud, region: str, scope: str) -> Counter[str]:
     found: Counter[str] = Counter()
-    path: str | None = f"/servers/detail?{scope}limit={PAGE}"
     what = f"listing servers in {region}" if region else "listing servers"
-    while path:
-        page = cloud.request("GET", path, service="compute", region=region, what=what).json()
-        for server in page["servers"]:
-            image = server.get("image")
-            if isinstance(image, dict) and image.get("id"):
-                found[image["id"]] += 1
-        following = [link["href"] for link in page.get("servers_links", []) if link.get("rel") == "next"]
-        path = f"/servers/detail?{urlsplit(following[0]).query}" if following else None
+    for server in cloud.pages("/servers/detail", "servers", service="compute", query=scope, region=region, what=what):
+        image = server.get("image")
+        if isinstance(image, dict) and image.get("id"):
+            found[image["id"]] += 1
     return found

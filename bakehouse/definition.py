@@ -115,11 +115,6 @@ class Definition:
         """All packages that are asked for."""
         return tuple(sorted({name for step in self.steps for name in step.packages}))
 
-    @property
-    def label(self) -> str:
-        """The name of a bundle of it."""
-        return f"{self.name}-{self.digest[:7]}"
-
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain data: definition.json of a bundle."""
         return {
@@ -144,6 +139,11 @@ class Definition:
             "links": [{"path": file.path, "to": file.link} for file in self.static if file.link],
             "presets": [{"unit": unit, "enabled": enabled} for unit, enabled in self.presets.items()],
         }
+
+
+def bundle_name(plan: Plan) -> str:
+    """Return what the file of a plan's bundle is called by default."""
+    return f"{plan.name}-{plan.digest[:7]}.tar.gz"
 
 
 def of(plan: Plan) -> Definition:
@@ -238,7 +238,7 @@ def write_bundle(plan: Plan, target: Path) -> Definition:
 
     Args:
         plan: the plan of a platform's image.
-        target: the file. It appears at once, whole.
+        target: the file. It appears at once, whole; its folder is made.
 
     Raises:
         BakehouseError: an element's extra-data.d failed.
@@ -246,6 +246,7 @@ def write_bundle(plan: Plan, target: Path) -> Definition:
     with tempfile.TemporaryDirectory(prefix="bakehouse-bundle-") as name:
         folder = Path(name) / "bundle"
         made = write_folder(plan, folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             _pack(folder, beside)

@@ -116,7 +116,6 @@ class Launch:
 
     def forget(self) -> None:
         """Remove the note and all beside it."""
-        # The note goes last: a launch without one cannot be named.
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -153,8 +152,8 @@ def folder() -> Path:
     return user_state_path("bakehouse") / "launches"
 
 
-def notes(name: str = "") -> list[Launch]:
-    """Return the launches that are noted here, the oldest first; those with a name where one is given."""
+def notes() -> list[Launch]:
+    """Return the launches that are noted here, the oldest first."""
     found = []
     for path in folder().glob(f"*/{NOTE}"):
         try:
@@ -162,4 +161,4 @@ def notes(name: str = "") -> list[Launch]:
             found.append(Launch(**{**data, "nodes": tuple(data["nodes"])}))
         except (OSError, ValueError, TypeError, KeyError):
             continue
-    return sorted((one for one in found if one.name == name or not name), key=lambda one: (one.since, one.identity))
+    return sorted(found, key=lambda one: (one.since, one.identity))

@@ -153,6 +153,26 @@ class Record(_Part):
         return sum(step.seconds for step in self.steps)
 
 
+def text_of_format(path: Path, newest: int) -> str:
+    """Return the text of a JSON file that says its format's version.
+
+    Args:
+        path: the file.
+        newest: the newest format that we can read.
+
+    Raises:
+        BakehouseError: it is of a newer one.
+        OSError: it cannot be read.
+        ValueError: it is no JSON.
+    """
+    text = path.read_text(encoding="utf-8")
+    written = json.loads(text)
+    form = written.get("format") if isinstance(written, dict) else None
+    if isinstance(form, int) and form > newest:
+        raise BakehouseError(f"{path} has format {form}, written by a newer Bakehouse", hint="update this checkout")
+    return text
+
+
 def read(path: Path) -> Record:
     """Read a record.
 
@@ -160,12 +180,7 @@ def read(path: Path) -> Record:
         BakehouseError: it cannot be read or is not a record.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        written = json.loads(text)
-        form = written.get("format") if isinstance(written, dict) else None
-        if isinstance(form, int) and form > FORMAT:
-            raise BakehouseError(f"{path} has format {form}, written by a newer Bakehouse", hint="update this checkout")
-        return Record.model_validate_json(text)
+        return Record.model_validate_json(text_of_format(path, FORMAT))
     except OSError as error:
         raise BakehouseError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:

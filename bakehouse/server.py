@@ -83,14 +83,13 @@ class Server:
         Raises:
             BakehouseError: it did not come to hold, or the server has ended.
         """
-
-        def last_words() -> str:
-            return "\n".join(self.console.text().splitlines()[-LAST_WORDS:])
-
         try:
-            waiting.until(what, fact, seconds, poll=POLL_SECONDS, check=self.check, last_words=last_words)
+            waiting.until(what, fact, seconds, poll=POLL_SECONDS, check=self.check, last_words=self._last_words)
         except TooLateError as error:
             raise BakehouseError(f"{self.node}: {error.message}", hint=self._why_unknown(), log=error.log) from None
+
+    def _last_words(self) -> str:
+        return "\n".join(self.console.text().splitlines()[-LAST_WORDS:])
 
     def _why_unknown(self) -> str:
         if not self.console.silent:
@@ -110,15 +109,23 @@ class Server:
         for server in self.others or (self,):
             server.console.poll()
         if "Kernel panic" in self.console.text():
-            log = "\n".join(self.console.text().splitlines()[-LAST_WORDS:])
-            raise BakehouseError(f"the kernel of {self.node} panicked", log=log)
+            raise BakehouseError(f"the kernel of {self.node} panicked", log=self._last_words())
         if time.monotonic() - self._looked >= CONSOLE_SECONDS:
             self._looked = time.monotonic()
-            state = show(self.cloud, self.id)
-            if state is None:
-                raise BakehouseError(f"{self.node} ({self.id}) is gone: somebody deleted it")
+            state = self.state()
             if state["status"] != "ACTIVE":
                 raise failure(self.node, state) or BakehouseError(f"{self.node} is {state['status']} now")
+
+    def state(self) -> dict[str, Any]:
+        """Return what Nova says of it.
+
+        Raises:
+            BakehouseError: it is gone.
+        """
+        found = show(self.cloud, self.id)
+        if found is None:
+            raise BakehouseError(f"{self.node} ({self.id}) is gone: somebody deleted it")
+        return found
 
     def ssh(self, command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a shell command in it. Without a key to log in with, that fails as ssh does (status 255)."""
@@ -396,9 +403,7 @@ class _Starting:
             ) from None
 
     def _is_active(self, server: Server) -> bool:
-        state = show(self.cloud, server.id)
-        if state is None:
-            raise BakehouseError(f"{server.node} ({server.id}) is gone: somebody deleted it")
+        state = server.state()
         if error := failure(server.node, state):
             raise error
         task = state.get("OS-EXT-STS:task_state")

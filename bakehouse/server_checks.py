@@ -14,7 +14,7 @@ from bakehouse.cloud import Cloud, CloudError
 from bakehouse.errors import BakehouseError
 from bakehouse.glance import CloudImage, Glance
 from bakehouse.teardown import MICROVERSION, listed
-from bakehouse.terminal import size_text
+from bakehouse.terminal import GIB, size_text
 from bakehouse.yamlfile import did_you_mean
 
 LONGEST_USER_DATA = 65535
@@ -31,7 +31,6 @@ UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 UNLIMITED = -1
 
 MIB = 1 << 20
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from bakehouse import waiting
 from bakehouse.cloud import Cloud, CloudError
-from bakehouse.compute import PAGE
 from bakehouse.errors import BakehouseError
 from bakehouse.launch import KEPT, Mark
 from bakehouse.waiting import TooLateError
@@ -113,14 +112,7 @@ def listed(cloud: Cloud, path: str, key: str, *, service: str, **options: Any) -
     Raises:
         CloudError: the service does not answer.
     """
-    found: list[dict[str, Any]] = []
-    query = f"limit={PAGE}"
-    while query:
-        page = cloud.request("GET", f"{path}?{query}", service=service, what=f"listing {key}", **options).json()
-        found += page[key]
-        links = [link["href"] for link in page.get(f"{key}_links", []) if link.get("rel") == "next"]
-        query = urlsplit(links[0]).query if links else ""
-    return found
+    return [*cloud.pages(path, key, service=service, what=f"listing {key}", **options)]
 
 
 def servers(cloud: Cloud) -> list[dict[str, Any]]:
@@ -223,9 +215,14 @@ def _tell(cloud: Cloud, thing: Thing, failed: list[Failed]) -> bool:
 
 
 def _delete(cloud: Cloud, thing: Thing) -> None:
+    _ask(cloud, "DELETE", thing, ok=(200, 202, 204, 404), what=f"deleting {thing}")
+
+
+def _ask(cloud: Cloud, method: str, thing: Thing, **options: Any) -> Any:
     service, path = thing.path
-    options: dict[str, Any] = {"microversion": MICROVERSION} if service == "compute" else {}
-    cloud.request("DELETE", path, service=service, ok=(200, 202, 204, 404), what=f"deleting {thing}", **options)
+    if service == "compute":
+        options["microversion"] = MICROVERSION
+    return cloud.request(method, path, service=service, **options)
 
 
 def _wait(cloud: Cloud, thing: Thing, seconds: float) -> None:
@@ -260,9 +257,7 @@ def _wait(cloud: Cloud, thing: Thing, seconds: float) -> None:
 
 
 def _look(cloud: Cloud, thing: Thing) -> dict[str, Any] | None:
-    service, path = thing.path
-    options: dict[str, Any] = {"microversion": MICROVERSION} if service == "compute" else {}
-    answer = cloud.request("GET", path, service=service, ok=(200, 404), what=f"looking at {thing}", **options)
+    answer = _ask(cloud, "GET", thing, ok=(200, 404), what=f"looking at {thing}")
     if answer.status == HTTPStatus.NOT_FOUND:
         return None
     (data,) = answer.json().values()

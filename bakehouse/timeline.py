@@ -504,6 +504,11 @@ def _pairs_of(timeline: Timeline, who: str) -> Iterator[tuple[str, float, float]
         yield f"{who}: {after.name.removeprefix(f'{who} ')}", before.seconds, after.seconds
 
 
+def accelerator_text(accelerator: str) -> str:
+    """Write a timeline's accelerator for people."""
+    return {"kvm": "KVM", "tcg": "emulation"}.get(accelerator, accelerator)
+
+
 def show(console: Console, timeline: Timeline) -> None:
     """Show the moments as a table and the spans as bars. Fits 80 columns."""
     table = Table("Moment", "At", "Since previous", "Read from", box=None, pad_edge=False)
@@ -522,7 +527,7 @@ def show(console: Console, timeline: Timeline) -> None:
         console.print(_chart(bars, console))
     error = timeline.clock_error
     notes = [
-        {"kvm": "KVM", "tcg": "emulation"}.get(timeline.accelerator, timeline.accelerator),
+        accelerator_text(timeline.accelerator),
         "" if error is None else f"the guest's moments may be up to {max(error, 0.01):.2f} s too late",
     ]
     if any(notes):

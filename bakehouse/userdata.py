@@ -319,8 +319,7 @@ def render(join: Join | KubernetesJoin | RoceJoin) -> str:
         join=join,
         audience=join.audience,
         key_name=key_name,
-        bootstrap_script=(PLAY / "bakehouse-bootstrap").read_text(encoding="utf-8"),
-        bootstrap_unit=(PLAY / "bakehouse-bootstrap.service").read_text(encoding="utf-8"),
+        text_of=lambda name: (PLAY / name).read_text(encoding="utf-8"),
     )
     size = len(text.encode())
     if size >= LIMIT:
@@ -329,6 +328,12 @@ def render(join: Join | KubernetesJoin | RoceJoin) -> str:
             hint="give fewer SSH keys or features, and of the CA only the certificate that signed the broker's",
         )
     return text
+
+
+def files(join: Join | KubernetesJoin | RoceJoin) -> dict[str, tuple[str, int]]:
+    """Return what cloud-init writes on a node, for one without cloud-init: texts and modes by path."""
+    written = yaml.safe_load(render(join))["write_files"]
+    return {str(file["path"]): (str(file["content"]), int(file["permissions"], 8)) for file in written}
 
 
 def with_part(config: Mapping[str, Any], joining: str) -> str:
