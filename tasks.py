@@ -15,11 +15,14 @@ from bakehouse import (
     cli_bootstrap,
     cli_cloud,
     cli_compare,
+    cli_containers,
     cli_images,
+    cli_nightly,
     cli_nodes,
     cli_openstack,
     cli_roce,
     cli_up,
+    cli_up_qemu,
     terminal,
 )
 from bakehouse import userdata as users_data
@@ -63,6 +66,15 @@ def _bake(
     platform: str,
     release: str = "",
     format: str = "",
+    builder: str = "dib",
+    base: str = "",
+    base_checksum: str = "",
+    in_cloud: str = "",
+    flavor: str = "",
+    network: str = "",
+    volume_size: int = 0,
+    floating_network: str = "",
+    security_group: str = "default",
     refresh: bool = False,
     force: bool = False,
     verbose: bool = False,
@@ -83,12 +95,17 @@ def _bake(
       invoke bake --platform slurm --format qcow2,raw
       invoke bake --platform slurm --refresh
       invoke bake --platform slurm --no-verify
+      invoke bake --platform slurm --builder packer
+      invoke bake --platform slurm --builder packer --in-cloud mycloud --flavor m1.small --network private
+      invoke bake --platform slurm --builder packer --base https://.../image.qcow2 --base-checksum sha512:...
       invoke bake --platform slurm --upload --cloud mycloud
     """
+    server = cli.server(in_cloud, flavor, network, volume_size, floating_network, security_group)
     cli.bake(
         platform,
         release=release,
         formats=format,
+        builder=cli.Builder(builder, base, base_checksum, server),
         refresh=refresh,
         force=force,
         verbose=verbose,
@@ -99,12 +116,22 @@ def _bake(
     )
 
 
-def _plan(_context: Context, platform: str, release: str = "", format: str = "", json: bool = False) -> None:
+def _plan(
+    _context: Context,
+    platform: str,
+    release: str = "",
+    format: str = "",
+    builder: str = "dib",
+    base: str = "",
+    base_checksum: str = "",
+    json: bool = False,
+) -> None:
     """Show what a bake would do: elements, packages, input digest, what is cached, what would be built and why.
 
     Example: invoke plan --platform slurm
     """
-    cli.plan(platform, release=release, formats=format, as_json=json)
+    made_by = cli.Builder(builder, base, base_checksum)
+    cli.plan(platform, release=release, formats=format, builder=made_by, as_json=json)
 
 
 def _manifests(_context: Context, json: bool = False) -> None:
@@ -344,6 +371,112 @@ def _pin(
     )
 
 
+def _nightly(
+    _context: Context,
+    platform: list[str] = [],  # noqa: B006 - how Invoke declares a flag that may be repeated
+    cloud: str = "",
+    region: str = "",
+    publish: bool = True,
+    verify: bool = True,
+    executor: str = "local",
+    clock_is_right: bool = False,
+    dry_run: bool = False,
+    verbose: bool = False,
+    json: bool = False,
+) -> None:
+    """Run a night: renew, bake what has changed, verify, publish as candidate, promote by the site's policy, prune.
+
+    Where no cloud is named (--cloud, 'cloud' in bakehouse.yaml, OS_CLOUD) nothing is published. A night that was killed
+    goes on where it was. Exit status 1 where an image failed. The policy stands in bakehouse.yaml: docs/nightly.md.
+
+    Examples:
+      invoke nightly
+      invoke nightly --platform slurm --platform kubernetes --cloud mycloud
+      invoke nightly --dry-run
+      invoke nightly --executor slurm
+    """
+    cli_nightly.run(
+        platform,
+        cloud=cloud,
+        region=region,
+        publish=publish,
+        verify=verify,
+        executor=executor,
+        clock_is_right=clock_is_right,
+        dry_run=dry_run,
+        verbose=verbose,
+        as_json=json,
+    )
+
+
+def _nightly_bake(_context: Context, night: str, image: str, verify: bool = True) -> None:
+    """Bake one image of a night that is going on elsewhere: what each task of --executor slurm does.
+
+    Example: invoke nightly.bake --night 2026-11-27 --image slurm
+    """
+    cli_nightly.bake(night, image, verify=verify)
+
+
+def _nightly_show(_context: Context, night: str = "", builders: int = 0, json: bool = False) -> None:
+    """Show what a night came to; the last one by default.
+
+    Examples:
+      invoke nightly.show
+      invoke nightly.show --night 2026-11-27
+      invoke nightly.show --builders 2       (how two builders would have shared its bakes)
+    """
+    cli_nightly.show(night, builders=builders, as_json=json)
+
+
+def _nightly_list(_context: Context, json: bool = False) -> None:
+    """List the nights.
+
+    Example: invoke nightly.list
+    """
+    cli_nightly.list_all(as_json=json)
+
+
+def _outdated(
+    _context: Context,
+    platform: list[str] = [],  # noqa: B006
+    cloud: str = "",
+    region: str = "",
+    check: bool = False,
+    json: bool = False,
+) -> None:
+    """List of which packages of the images the mirror has newer versions, security updates first.
+
+    The newest image of each manifest in the store, or, with --cloud, those that channels point to.
+
+    Examples:
+      invoke outdated
+      invoke outdated --cloud mycloud --check       (fails where security updates are missing)
+    """
+    cli_nightly.show_outdated(cloud=cloud, region=region, platforms=platform, check=check, as_json=json)
+
+
+def _ci_render(
+    _context: Context,
+    system: str,
+    platform: list[str] = [],  # noqa: B006
+    cloud: str = "",
+    runner: str = "",
+    at: str = "02:17",
+    folder: str = "",
+    output: str = "",
+) -> None:
+    """Render a pipeline that runs nights: for GitLab CI, GitHub Actions, Zuul, or a systemd timer.
+
+    Examples:
+      invoke ci.render --system gitlab
+      invoke ci.render --system github --platform slurm --cloud mycloud --output /tmp/pipeline
+      invoke ci.render --system systemd --at 03:30 --folder /opt/bakehouse --output /tmp/units
+    """
+    cli_nightly.render(
+        system=system, platforms=platform, cloud=cloud, runner=runner, at=at, folder=folder, output=output
+    )
+
+
 def _show(_context: Context, tag: str, json: bool = False) -> None:
     """Show one image: files, digests, versions, seconds by stage.
 
@@ -482,6 +615,8 @@ def _userdata(
     devices: int = 1,
     bundle: str = "",
     bundle_url: str = "",
+    container: str = "",
+    insecure_registry: bool = False,
     output: str = "",
 ) -> None:
     r"""Print cloud-init user-data that brings a node into its cluster. Secrets come from files, never from flags.
@@ -497,6 +632,8 @@ def _userdata(
       invoke userdata --platform roce --devices 2 --roce roce.yaml --output nodes.yaml
       invoke userdata --path bootstrap --bundle slurm-71d3947.tar.gz --bundle-url https://web/slurm-71d3947.tar.gz \
           --controller ctl.example.org --key-file /etc/munge/munge.key --output nodes.yaml
+      invoke userdata --path hybrid --container registry.example.org/bakehouse/slurm@sha256:0123... \
+          --controller ctl.example.org --key-file /etc/munge/munge.key --output nodes.yaml
     """
     shared = cli_nodes.Shared(
         path=path,
@@ -508,6 +645,8 @@ def _userdata(
         ssh_keys=ssh_key,
         bundle=bundle,
         bundle_url=bundle_url,
+        container=container,
+        insecure_registry=insecure_registry,
     )
     join: users_data.Join | users_data.KubernetesJoin | users_data.RoceJoin
     if platform == "roce":
@@ -554,6 +693,68 @@ def _bootstrap_push(_context: Context, platform: str, host: str, ssh_config: str
     Example: invoke bootstrap.push --platform slurm --host root@node-1
     """
     cli_bootstrap.push(platform, host, ssh_config=ssh_config)
+
+
+def _container_build(
+    _context: Context, platform: str, refresh: bool = False, verbose: bool = False, json: bool = False
+) -> None:
+    """Build the container image of a platform: what its manifest declares, in a layer on a small Debian root.
+
+    Does nothing where nothing changed. No container engine is needed.
+
+    Examples:
+      invoke container.build --platform slurm
+      invoke container.build --platform slurm --refresh
+    """
+    cli_containers.build(platform, refresh=refresh, verbose=verbose, as_json=json)
+
+
+def _container_push(
+    _context: Context,
+    platform: str,
+    registry: str = "",
+    insecure: bool = False,
+    verbose: bool = False,
+    json: bool = False,
+) -> None:
+    """Push the container image of a platform to a registry, built where it is not there; print its name by digest.
+
+    Once: the next time the registry is only asked whether it has it. Credentials are those of `buildah login` and
+    `podman login` (containers-auth.json(5)), or of the file that REGISTRY_AUTH_FILE names.
+
+    Examples:
+      invoke container.push --platform slurm
+      invoke container.push --platform slurm --registry registry.example.org/hpc
+      invoke container.push --platform slurm --registry 10.0.0.5:5000 --insecure
+    """
+    cli_containers.push(platform, address=registry, insecure=insecure, verbose=verbose, as_json=json)
+
+
+def _registry_up(_context: Context, address: str = "", port: int = 0) -> None:
+    """Bring up a container registry on this host: Debian's docker-registry, in a folder of your own; no root needed.
+
+    It asks for no password, so it listens on the loopback, where no other is named.
+
+    Examples:
+      invoke registry.up
+      invoke registry.up --address 10.0.0.5 --port 5000
+    """
+    cli_containers.registry_up(address=address, port=port)
+
+
+def _registry_down(_context: Context, purge: bool = False, dry_run: bool = False) -> None:
+    """Stop the registry on this host; what was pushed to it stays.
+
+    Examples:
+      invoke registry.down
+      invoke registry.down --purge
+    """
+    cli_containers.registry_down(purge=purge, dry_run=dry_run)
+
+
+def _registry_status(_context: Context, json: bool = False) -> None:
+    """Say whether the registry on this host runs, where, and what it holds."""
+    cli_containers.registry_status(as_json=json)
 
 
 def _roce_report(_context: Context, host: str = "", ssh_config: str = "", json: bool = False) -> None:
@@ -630,13 +831,18 @@ def _up(
     ssh_key: list[str] = [],  # noqa: B006
     bundle: str = "",
     bundle_url: str = "",
+    container: str = "",
+    insecure_registry: bool = False,
     json: bool = False,
 ) -> None:
-    r"""Bring nodes up on a cloud, wait until they have joined their cluster, and show what their boots waited for.
+    r"""Bring nodes up, wait until they have joined their cluster, and show what their boots waited for.
 
+    On a cloud from a published image; on this host (--on qemu) from the local store, with a cluster of their own.
     All or none: where one fails, or on Ctrl-C, all that was made is deleted. They cost until: invoke down.
 
     Examples:
+      invoke up --platform slurm --on qemu
+      invoke up --platform slurm --on qemu --path bootstrap --join-timeout 1800
       invoke join.token --platform slurm --node slurm-1 > token
       invoke up --platform slurm --cloud mycloud --flavor m1.large --network cluster \
           --controller ctl.example.org --broker https://ctl.example.org:8444 --ca ca.crt --token-file token
@@ -645,7 +851,10 @@ def _up(
       invoke up --platform kubernetes --tag 20261123-5853cc9 --flavor m1.large --volume-size 20 --user-data nodes.yaml
       invoke up --platform slurm --path bootstrap --bundle slurm.tar.gz --bundle-url https://web/slurm.tar.gz \
           --flavor m1.large --controller ctl.example.org --key-file munge.key
+      invoke up --platform slurm --path hybrid --container registry.example.org/bakehouse/slurm@sha256:0123... \
+          --flavor m1.large --controller ctl.example.org --key-file munge.key
     """
+    given = dict(locals())
     cli_nodes.one_of("--on", on, cli_up.MACHINES)
     wish = cli_up.Wish(
         platform=platform,
@@ -656,6 +865,10 @@ def _up(
         join_seconds=join_timeout,
         keep=keep,
     )
+    if on == cli_up.QEMU:
+        cli_up_qemu.refuse_others(_up, given, cli_up_qemu.UP_FLAGS)
+        cli_up_qemu.up(wish, tag=tag, authentication=authentication, as_json=json)
+        return
     shared = cli_nodes.Shared(
         path=path,
         node="",
@@ -666,6 +879,8 @@ def _up(
         ssh_keys=ssh_key,
         bundle=bundle,
         bundle_url=bundle_url,
+        container=container,
+        insecure_registry=insecure_registry,
     )
     joining = cli_up.user_data(
         wish, shared, file=user_data, controllers=controller, authentication=authentication, features=feature
@@ -711,8 +926,14 @@ def _down(
     Examples:
       invoke down --name slurm
       invoke down --all --cloud mycloud --dry-run
+      invoke down --on qemu
     """
+    given = dict(locals())
     cli_nodes.one_of("--on", on, cli_up.MACHINES)
+    if on == cli_up.QEMU:
+        cli_up_qemu.refuse_others(_down, given, cli_up_qemu.DOWN_FLAGS)
+        cli_up_qemu.down(name, everything=all, dry_run=dry_run, as_json=json)
+        return
     cli_up.down_on_openstack(
         name,
         target=cli_cloud.Target(cloud, region),
@@ -798,6 +1019,27 @@ def _bench_publish(_context: Context, rounds: int = 4, size: str = "512MiB", jso
     cli.bench_publishing(rounds=rounds, size=size, as_json=json)
 
 
+def _compare(
+    _context: Context,
+    platform: str,
+    runs: int = 0,
+    together: int = 0,
+    mirror_rate: str = "",
+    html: str = "",
+    json: bool = False,
+) -> None:
+    """Compare the paths of a platform on this machine: seconds to joined, bytes, memory, and what making costs.
+
+    The paths take turns, with a real controller and a package mirror beside them. --runs: rounds of a node of each
+    path; 3 by default, or 1 where KVM does not work and machines are emulated. Needs root or sudo.
+
+    Examples:
+      invoke compare --platform slurm
+      invoke compare --platform slurm --together 4 --mirror-rate 10mbit --html report.html
+    """
+    cli_compare.run(platform, runs=runs, together=together, mirror_rate=mirror_rate, html=html, as_json=json)
+
+
 def _compare_list(_context: Context, platform: str = "", json: bool = False) -> None:
     """List the results of comparisons that are kept, the newest first.
 
@@ -861,12 +1103,17 @@ def _settings(_context: Context) -> None:
 def _test(_context: Context, fast: bool = False, long: bool = False, only: str = "") -> None:
     """Run the tests: everything that can regress, real bakes and boots included.
 
-    --fast: under a minute, for every edit. --long: what is run by hand before a release.
+    --fast: what is quick, about a minute, for every edit. --long: what is run by hand before a release.
     Example: invoke test --fast --only manifest
     """
     cli.test(fast=fast, long=long, only=only)
 
 
+BUILDER = {
+    "builder": "who makes the root filesystem: dib (diskimage-builder) or packer",
+    "base": "what Packer boots: a manifest, an image's tag, or an address",
+    "base_checksum": "of what is at the address: sha256:... or sha512:...",
+}
 PLATFORM = {"platform": "a manifest's name, such as slurm (see: invoke manifests)"}
 WHAT = PLATFORM | {
     "release": "another Debian release than the manifest's: trixie, bookworm, 13 or 12",
@@ -885,8 +1132,15 @@ bake = command(
     _bake,
     name="bake",
     help=WHAT
+    | BUILDER
     | JSON
     | {
+        "in_cloud": "let Packer work on a server of this cloud (as in clouds.yaml); the flags below are for it",
+        "flavor": "the server's flavor",
+        "network": "the server's network; the project's only one by default",
+        "volume_size": "GiB of the volume that the server boots from; the flavor's own disk by default",
+        "floating_network": "where the server gets a floating IP from",
+        "security_group": "the server's security group, which lets SSH in",
         "refresh": "renew the base root, and so its packages",
         "force": "build even where nothing changed",
         "verbose": "show the output of diskimage-builder",
@@ -897,7 +1151,7 @@ bake = command(
         "wait": "wait for a bake of the same platform that is going on (--no-wait: fail)",
     },
 )
-plan = command(_plan, name="plan", help=WHAT | JSON)
+plan = command(_plan, name="plan", help=WHAT | BUILDER | JSON)
 doctor = command(_doctor, name="doctor", help=JSON)
 settings = command(_settings, name="settings")
 test = command(
@@ -953,8 +1207,12 @@ verify.add_task(
         },
     )
 )
+CONTAINER = {
+    "container": "with the path hybrid: the platform's container image by its digest, as container.push prints it",
+    "insecure-registry": "with --container: its registry speaks plain HTTP, or has a certificate that nobody knows",
+}
 JOINING = {
-    "path": "how the node comes to be: bake, or bootstrap, of a plain image",
+    "path": "how the node comes to be: bake, or of a plain image by bootstrap or hybrid",
     "bundle": "with the path bootstrap: the file that bootstrap.bundle wrote",
     "bundle-url": "where nodes fetch it",
     "authentication": "munge, or slurm for Slurm's own auth/slurm",
@@ -968,6 +1226,7 @@ userdata = command(
     name="userdata",
     iterable=["controller", "feature", "ssh_key", "ca_hash", "label", "taint"],
     help=JOINING
+    | CONTAINER
     | {
         "platform": "the platform: slurm, kubernetes or roce",
         "node": "the node's name; by default the one that its cloud gives it",
@@ -996,8 +1255,9 @@ up = command(
     | CLOUD
     | JSON
     | JOINING
+    | CONTAINER
     | {
-        "on": "what it runs on: openstack",
+        "on": "what it runs on: openstack, or qemu on this host",
         "name": "of the launch, whose nodes are NAME-1, NAME-2, ...; the platform's by default",
         "count": "how many nodes",
         "until": "joined (the join agent says so), or active (the servers run)",
@@ -1035,7 +1295,7 @@ down = command(
     | JSON
     | {
         "name": "of the launch, or its id; not needed where there is but one",
-        "on": "what it runs on: openstack",
+        "on": "what it runs on: openstack, or qemu on this host",
         "all": "all launches of this user in this project",
         "any-user": "those of the project's other users too",
         "with-volumes": "also volumes that were kept (up --keep-volume)",
@@ -1107,6 +1367,21 @@ RESULT = {
     "result": "a kept result's name or its beginning, a platform's for its newest, or a file; the newest by default"
 }
 compare = Collection("compare")
+compare.add_task(
+    command(
+        _compare,
+        name="paths",
+        help=PLATFORM
+        | JSON
+        | {
+            "runs": "boot a node of each path so many times",
+            "together": "one more round with so many nodes of each path switched on together",
+            "mirror-rate": "one more round with the nodes' links held to this, such as 10mbit",
+            "html": "a file for the report",
+        },
+    ),
+    default=True,
+)
 compare.add_task(command(_compare_list, name="list", help=JSON | {"platform": "only results of this platform"}))
 compare.add_task(
     command(
@@ -1160,6 +1435,39 @@ bootstrap.add_task(
         | {"host": "the node, as ssh takes it, such as root@node-1; another user needs sudo without a password"},
     )
 )
+container = Collection("container")
+CONTAINER = PLATFORM | JSON | {"verbose": "show the output of mmdebstrap and buildah"}
+container.add_task(
+    command(
+        _container_build,
+        name="build",
+        help=CONTAINER | {"refresh": "renew the base root, and so its packages"},
+    )
+)
+container.add_task(
+    command(
+        _container_push,
+        name="push",
+        help=CONTAINER
+        | {
+            "registry": "HOST[:PORT][/PATH]; by default the setting 'registry', else the one of registry.up",
+            "insecure": "it speaks plain HTTP, or has a certificate that is not to be checked",
+        },
+    )
+)
+registry = Collection("registry")
+registry.add_task(
+    command(
+        _registry_up,
+        name="up",
+        help={
+            "address": "where it listens; by default where it was last, or 127.0.0.1",
+            "port": "by default what it was last, or 5000",
+        },
+    )
+)
+registry.add_task(command(_registry_down, name="down", help=DRY_RUN | {"purge": "what was pushed to it, too"}))
+registry.add_task(command(_registry_status, name="status", help=JSON), default=True)
 roce = Collection("roce")
 roce.add_task(
     command(
@@ -1285,7 +1593,68 @@ openstack.add_task(
 )
 openstack.add_task(command(_openstack_status, name="status", help=JSON), default=True)
 
+BUILDERS = {"builders": "simulate so many builders in place of the summary"}
+NIGHT = {"night": "its name, such as 2026-11-27"}
+nightly = Collection("nightly")
+nightly.add_task(
+    command(
+        _nightly,
+        name="run",
+        iterable=["platform"],
+        help=CLOUD
+        | DRY_RUN
+        | JSON
+        | {
+            "platform": "only this manifest; may be repeated; those of nightly.images by default, or all",
+            "publish": "--no-publish: keep the images in the store",
+            "verify": "--no-verify: do not boot the images; unverified ones become no candidates",
+            "executor": "what bakes: local, or slurm for an array job",
+            "clock-is-right": "begin also where the last night seems to be still to come",
+            "verbose": "show what the tools say",
+        },
+    ),
+    default=True,
+)
+nightly.add_task(
+    command(
+        _nightly_bake,
+        name="bake",
+        help=NIGHT | {"image": "the manifest", "verify": "--no-verify: do not boot the image"},
+    )
+)
+nightly.add_task(command(_nightly_show, name="show", help=NIGHT | JSON | BUILDERS))
+nightly.add_task(command(_nightly_list, name="list", help=JSON))
+ci = Collection("ci")
+ci.add_task(
+    command(
+        _ci_render,
+        name="render",
+        iterable=["platform"],
+        help={
+            "system": "gitlab, gitlab-images (its child pipeline), github, zuul or systemd",
+            "platform": "only this manifest; may be repeated; those of nightly.images by default, or all",
+            "cloud": "where images are published to, as in clouds.yaml",
+            "runner": "label or tag of the machines that can bake; bakehouse by default",
+            "at": "when it begins, UTC",
+            "folder": "where the checkout is, for systemd; /opt/bakehouse by default",
+            "output": "the folder to write the files below; printed where it is left out",
+        },
+    )
+)
+outdated = command(
+    _outdated,
+    name="outdated",
+    iterable=["platform"],
+    help=CLOUD
+    | JSON
+    | {
+        "platform": "only images of this manifest; may be repeated",
+        "check": "exit status 1 where security updates are missing",
+    },
+)
+
 namespace = Collection(
     bake, plan, doctor, settings, test, boot, verify, userdata, up, down, manifests, images, cache, bench, compare,
     join, cluster, publish, promote, rollback, channels, prune, resolve, pin, sign, openstack, roce, bootstrap,
+    container, registry, nightly, outdated, ci,
 )  # fmt: skip

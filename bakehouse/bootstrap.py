@@ -1,7 +1,8 @@
-"""The bootstrap path from outside: a plain node becomes one of a platform, over SSH or in a container."""
+"""The bootstrap path from outside: what plain nodes are told and served, and how one is made a platform's over SSH."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -10,9 +11,39 @@ from pathlib import Path
 
 from bakehouse import definition, userdata
 from bakehouse.errors import BakehouseError
+from bakehouse.network import FOLDER, GATEWAY, Network
 from bakehouse.plan import Plan
 
 UNIT = "bakehouse-bootstrap.service"
+
+WEB = FOLDER / "web"
+WEB_PORT = 8080
+BUNDLE = "bundle.tar.gz"
+
+
+def serve(network: Network) -> None:
+    """Run the web server of a private network, as long as that is there."""
+    network.path(WEB).mkdir(parents=True, exist_ok=True)
+    where = ["--bind", str(GATEWAY), "--directory", str(WEB)]
+    network.start([sys.executable, "-m", "http.server", *where, str(WEB_PORT)], FOLDER / "web.log")
+
+
+def offer(network: Network, content: bytes) -> userdata.Bundle:
+    """Put a bundle where the web server of a network serves it, in place of another. Return how nodes name it."""
+    target = network.path(WEB / BUNDLE)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content)
+    return userdata.Bundle(f"http://{GATEWAY}:{WEB_PORT}/{BUNDLE}", hashlib.sha256(content).hexdigest())
+
+
+def user_data(join: userdata.Join, proxy: str) -> str:
+    """Return user-data of a node that has a package mirror of its own.
+
+    Args:
+        join: how it joins.
+        proxy: of its package mirror.
+    """
+    return userdata.with_part({"apt": {"http_proxy": proxy}}, userdata.render(join))
 
 
 def files_of(join: userdata.Join, proxy: str) -> dict[str, tuple[str, int]]:
@@ -48,7 +79,7 @@ def push(plan: Plan, host: str, *, ssh_config: Path | None = None) -> None:
     user, _, name = host.rpartition("@")
     with tempfile.TemporaryDirectory(prefix="bakehouse-push-") as temporary:
         folder = Path(temporary) / "bundle"
-        definition.write_folder(plan, folder)
+        definition.write_play(plan, folder)
         command: list[str | Path] = [
             Path(sys.executable).with_name("ansible-playbook"), f"--inventory={name},",
             *([f"--user={user}"] if user else []),

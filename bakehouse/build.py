@@ -13,13 +13,13 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from bakehouse import REPOSITORY, host, lock, plan, run, sbom
+from bakehouse import REPOSITORY, host, lock, packer_bake, plan, run, sbom
 from bakehouse.cache import BaseCache, BaseRoot, disk_usage, file_digest, free_bytes
 from bakehouse.errors import BakehouseError
 from bakehouse.manifest import RELEASES
@@ -29,7 +29,12 @@ from bakehouse.record import FILE_NAME, Base, ImageFile, Record, Usage
 from bakehouse.run import Isolation, Log, Took
 from bakehouse.store import LocalStore
 
-STAGES = ["base root", "elements", "check and seal", "disk", "image files", "SBOM and checksums"]
+STAGES = {
+    "dib": ["base root", "elements"],
+    "packer": packer_bake.STAGES,
+    "both": ["check and seal", "disk", "image files", "SBOM and checksums"],
+}
+"""Of a bake, by who makes the root filesystem."""
 
 CLUSTER_SIZE = "128k"
 """Of a compressed qcow2. Larger compresses better (64k: 1.13 times a tar.zst, 128k: 1.10, 256k: 1.08) and makes each
@@ -43,6 +48,9 @@ LEAST_FREE = 3 << 29
 
 KEPT_LOGS = 20
 
+CHECK_ROOT = [sys.executable, "-I", str(Path(__file__).with_name("rootfs.py"))]
+"""Says what a root must not hold but does, and lists its packages. See rootfs.main()."""
+
 NAMED_PACKAGES = {
     "slurm": "slurmd",
     "munge": "munge",
@@ -55,7 +63,7 @@ NAMED_PACKAGES = {
 
 
 @dataclasses.dataclass
-class _Bake:
+class Job:
     """What the stages of one bake share."""
 
     plan: Plan
@@ -71,6 +79,14 @@ class _Bake:
     progress: Progress
     place: Isolation
     took: list[Took]
+
+    def isolated(self, command: Sequence[str | Path], environment: dict[str, str] | None = None) -> None:
+        """Run a program in the isolated place, and note what it took.
+
+        Raises:
+            CommandError: it failed.
+        """
+        self.took.append(self.place.run(command, environment))
 
 
 def bake(
@@ -117,6 +133,12 @@ def bake(
         decision = plan.decide(wanted, store, cache, refresh=refresh, force=force)
         if decision.image:
             return decision.image, False
+        origin = wanted.origin
+        if origin and origin.plan and not origin.server and (refresh or not origin.record):
+            say(f"{origin.name}, which Packer boots, is {'renewed' if origin.record else 'baked'} first")
+            options = {"refresh": refresh, "wait": wait, "verbose": verbose, "in_memory": in_memory}
+            record, _ = bake(origin.plan, store, cache, console, **options)
+            wanted = dataclasses.replace(wanted, origin=dataclasses.replace(origin, record=record))
         for place in {store.root, cache.root}:
             if free_bytes(place) < LEAST_FREE:
                 raise BakehouseError(
@@ -127,6 +149,55 @@ def bake(
         run.as_root()
         found = _build(wanted, store, cache, console, refresh=refresh, verbose=verbose, wait=wait, in_memory=in_memory)
         return found, True
+
+
+def renew_base(
+    wanted: Plan, store: LocalStore, cache: BaseCache, console: Console, *, wait: bool = True, verbose: bool = False
+) -> BaseRoot:
+    """Make the base root of a plan anew, for all plans that begin with it.
+
+    Args:
+        wanted: the plan.
+        store: where its images would go.
+        cache: where base roots are.
+        console: shows progress.
+        wait: wait where somebody else is making it.
+        verbose: show the output of the tools.
+
+    Raises:
+        BakehouseError: it cannot be made. The one before stays.
+    """
+    host.must_have_tools()
+    key = wanted.base_key
+    name = f"base-{key}"
+
+    def say(text: str) -> None:
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    with (
+        run.ending_on_sigterm(),
+        lock.held(cache.bases / f"{key}.renewal.lock", f"the renewal of {key}", wait=wait, say=say),
+    ):
+        for leftover in cache.work.glob(f"{name}+*"):
+            run.remove_tree(leftover)
+            say(f"removed {leftover}, which a killed run had left")
+        run.as_root()
+        created = datetime.datetime.now(datetime.UTC)
+        with (
+            log_file(cache.root / "logs", f"{name}.log") as log,
+            work_folder(cache.work, name) as work,
+            Progress(f"Renewing the base root {key}", ["base root"], console, verbose=verbose) as progress,
+            _place(log, work / "tree", 0) as place,
+            cache.using_debs(str(wanted.manifest.release)),
+        ):
+            log.listener = progress.line
+            job = Job(wanted, "", created, commit(), store, cache, work, work / "tree", log, progress, place, [])
+            try:
+                made = _base_root(job, refresh=True, wait=wait)
+                cache.note_debs(str(wanted.manifest.release))
+                return made
+            except BakehouseError as error:
+                raise explained(error, log, causes=CAUSES) from error
 
 
 def _build(
@@ -141,44 +212,47 @@ def _build(
     in_memory: bool,
 ) -> Record:
     created = datetime.datetime.now(datetime.UTC)
-    tag = plan.new_tag(wanted.digest, store, created)
     previous = [record for record in store.records() if record.name == wanted.name]
     # The last time that a stage had something to do.
     expected = {step.name: step.seconds for record in reversed(previous) for step in record.steps if not step.cached}
-    title = f"Baking {wanted.name} {tag}" + (f" (the last one took {previous[0].seconds:.0f} s)" if previous else "")
+    stages = STAGES["packer" if wanted.origin else "dib"] + STAGES["both"]
+    title = f"Baking {wanted.name} {{}}" + (f" (the last one took {previous[0].seconds:.0f} s)" if previous else "")
     with (
-        _log(cache.root / "logs", f"{wanted.name}-{tag}.log") as log,
-        _work_folder(cache.work, wanted.name) as work,
-        Progress(title, STAGES, console, expected=expected, verbose=verbose) as progress,
+        store.claiming(lambda: plan.new_tag(wanted.digest, store, created)) as tag,
+        log_file(cache.root / "logs", f"{wanted.name}-{tag}.log") as log,
+        work_folder(cache.work, wanted.name) as work,
+        Progress(title.format(tag), stages, console, expected=expected, verbose=verbose) as progress,
         _place(log, work / "tree", _memory_for(wanted, previous) if in_memory else 0) as place,
+        cache.using_debs(str(wanted.manifest.release)) as spoilt,
     ):
         log.listener = progress.line
         log.write(f"bakehouse: baking {wanted.name} {tag}, digest {wanted.digest}")
-        job = _Bake(wanted, tag, created, _commit(), store, cache, work, work / "tree", log, progress, place, [])
-        release = str(wanted.manifest.release)
-        cache.debs(release).mkdir(parents=True, exist_ok=True)
-        for name in cache.check_debs(release):
+        job = Job(wanted, tag, created, commit(), store, cache, work, work / "tree", log, progress, place, [])
+        for name in spoilt:
             log.write(f"bakehouse: {name} in the cache is not as it was downloaded; it is fetched again")
         try:
-            base = _base_root(job, refresh=refresh, wait=wait)
-            root = _elements(job, base)
-            cache.note_debs(release)
+            if wanted.origin:
+                root, base = packer_bake.root_of(job)
+            else:
+                made = _base_root(job, refresh=refresh, wait=wait)
+                root, base = _elements(job, made), Base(key=made.key, sha256=made.sha256, created=made.created)
+                cache.note_debs(str(wanted.manifest.release))
             root_uuid = str(uuid.uuid4())
             contents = _seal(job, root, root_uuid)
             raw, sizes = _disk(job, root, root_uuid)
             with store.adding(wanted.name, tag) as folder:
                 files = _image_files(job, raw, folder)
                 return _record(job, folder, base, files, contents, sizes)
-        except BakehouseError as error:
-            log.write(f"bakehouse: {error.message}")
-            raise _explained(error, log) from error
-        except OSError as error:
-            log.write(f"bakehouse: {error}")
-            raise _explained(BakehouseError(f"the bake failed: {error}"), log) from error
+        except (BakehouseError, OSError) as error:
+            found = error if isinstance(error, BakehouseError) else BakehouseError(f"the bake failed: {error}")
+            log.write(f"bakehouse: {found.message}")
+            causes = (*packer_bake.CAUSES, *CAUSES) if wanted.origin else CAUSES
+            raise explained(found, log, causes=causes) from error
 
 
 @contextlib.contextmanager
-def _log(folder: Path, name: str) -> Iterator[Log]:
+def log_file(folder: Path, name: str) -> Iterator[Log]:
+    """Open a new log in a folder of logs, of which the oldest go."""
     folder.mkdir(parents=True, exist_ok=True)
     old = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
     for path in old[: -KEPT_LOGS + 1]:
@@ -192,7 +266,8 @@ def _log(folder: Path, name: str) -> Iterator[Log]:
 
 
 @contextlib.contextmanager
-def _work_folder(parent: Path, name: str) -> Iterator[Path]:
+def work_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Make a folder for one build of something; it goes with the block."""
     folder = parent / f"{name}+{os.getpid()}"
     folder.mkdir(parents=True)
     try:
@@ -219,11 +294,7 @@ def _place(log: Log, tree: Path, memory: int) -> Isolation:
     return Isolation(log, memory_folder=tree, memory_size=memory) if memory else Isolation(log)
 
 
-def _isolated(job: _Bake, command: list[str | Path], environment: dict[str, str] | None = None) -> None:
-    job.took.append(job.place.run(command, environment))
-
-
-def _dib_environment(job: _Bake, base: Path) -> dict[str, str]:
+def _dib_environment(job: Job, base: Path) -> dict[str, str]:
     archive, security = job.plan.mirrors
     return {
         **job.plan.environment,
@@ -245,7 +316,7 @@ def _dib_environment(job: _Bake, base: Path) -> dict[str, str]:
     }
 
 
-def _base_root(job: _Bake, *, refresh: bool, wait: bool) -> BaseRoot:
+def _base_root(job: Job, *, refresh: bool, wait: bool) -> BaseRoot:
     key = job.plan.base_key
     system = next((e for e in job.plan.elements if e.name == plan.OPERATING_SYSTEM), None)
     if system is None:
@@ -266,19 +337,19 @@ def _base_root(job: _Bake, *, refresh: bool, wait: bool) -> BaseRoot:
             job.progress.note(f"the cached base root {key} is not used: {wrong}; it is made anew")
         made = job.work / "base.tar.zst"
         environment = _dib_environment(job, made) | {"TARGET_ROOT": ""}
-        _isolated(job, [system.path / "root.d" / "10-debian-mmdebstrap"], environment)
+        job.isolated([system.path / "root.d" / "10-debian-mmdebstrap"], environment)
         run.give_back(made)
         return _hold(job, job.cache.enter(key, made, job.plan.base_inputs, job.created))
 
 
-def _hold(job: _Bake, base: BaseRoot) -> BaseRoot:
+def _hold(job: Job, base: BaseRoot) -> BaseRoot:
     """Link a base root into the build folder, so that it stays there when the cache is pruned meanwhile."""
     held = job.work / "held-base.tar.zst"
     held.hardlink_to(base.path)
     return dataclasses.replace(base, path=held)
 
 
-def _elements(job: _Bake, base: BaseRoot) -> Path:
+def _elements(job: Job, base: BaseRoot) -> Path:
     root = job.tree / "root"
     packages = job.plan.manifest.packages
     command: list[str | Path] = [
@@ -287,9 +358,9 @@ def _elements(job: _Bake, base: BaseRoot) -> Path:
         *(element.name for element in job.plan.elements), plan.HAND_OVER,
     ]  # fmt: skip
     with job.progress.stage("elements"):
-        _isolated(job, command, _dib_environment(job, base.path))
+        job.isolated(command, _dib_environment(job, base.path))
         try:
-            _isolated(job, ["test", "-d", root / "usr"])
+            job.isolated(["test", "-d", root / "usr"])
         except run.CommandError as error:
             raise BakehouseError(
                 "diskimage-builder ended well but left no root filesystem", log=job.log.tail()
@@ -297,7 +368,7 @@ def _elements(job: _Bake, base: BaseRoot) -> Path:
     return root
 
 
-def _seal(job: _Bake, root: Path, root_uuid: str) -> dict[str, Any]:
+def _seal(job: Job, root: Path, root_uuid: str) -> dict[str, Any]:
     image = job.plan.manifest
     identity = {
         "name": job.plan.name,
@@ -312,20 +383,25 @@ def _seal(job: _Bake, root: Path, root_uuid: str) -> dict[str, Any]:
     wanted.write_text(json.dumps(specification))
     with job.progress.stage("check and seal"):
         try:
-            _isolated(job, [sys.executable, "-I", Path(__file__).with_name("rootfs.py"), root, wanted, report])
+            job.isolated([*CHECK_ROOT, root, report, "--seal", wanted])
         except run.CommandError as error:
-            found = re.findall(r"^hygiene: (.*)", error.log, flags=re.MULTILINE)
-            if found:
-                raise BakehouseError(
-                    "the root filesystem holds what must not be in an image:\n  " + "\n  ".join(found),
-                    hint="remove it in a cleanup.d script of the element that brings it (docs/image-authors.md)",
-                ) from error
-            raise
+            raise unclean(error) from error
     contents: dict[str, Any] = json.loads(report.read_text())
     return contents
 
 
-def _disk(job: _Bake, root: Path, root_uuid: str) -> tuple[Path, dict[str, int]]:
+def unclean(error: run.CommandError) -> BakehouseError:
+    """Return what it means that CHECK_ROOT failed."""
+    found = re.findall(r"^hygiene: (.*)", error.log, flags=re.MULTILINE)
+    if not found:
+        return error
+    return BakehouseError(
+        "the root filesystem holds what must not be in an image:\n  " + "\n  ".join(found),
+        hint="remove it in a cleanup.d script of the element that brings it (docs/image-authors.md)",
+    )
+
+
+def _disk(job: Job, root: Path, root_uuid: str) -> tuple[Path, dict[str, int]]:
     disk = job.plan.manifest.disk
     raw, report = job.tree / "disk.raw", job.work / "disk.json"
     job.cache.kvm.mkdir(parents=True, exist_ok=True)
@@ -335,13 +411,13 @@ def _disk(job: _Bake, root: Path, root_uuid: str) -> tuple[Path, dict[str, int]]
         "--firmware", *disk.firmware, "--report", report, "--keep-kernel", job.work / "vmlinuz",
     ]  # fmt: skip
     with job.progress.stage("disk"):
-        _isolated(job, command)
+        job.isolated(command)
         run.give_back(job.work / "vmlinuz")
     sizes: dict[str, Any] = json.loads(report.read_text())
     return raw, sizes
 
 
-def _image_files(job: _Bake, raw: Path, folder: Path) -> list[tuple[str, Path]]:
+def _image_files(job: Job, raw: Path, folder: Path) -> list[tuple[str, Path]]:
     disk = job.plan.manifest.disk
     made: list[tuple[str, Path]] = []
     with job.progress.stage("image files"):
@@ -349,7 +425,7 @@ def _image_files(job: _Bake, raw: Path, folder: Path) -> list[tuple[str, Path]]:
         for kind in sorted(disk.formats):
             target = folder / f"{job.plan.name}-{job.tag}.{kind}"
             if kind == "raw":
-                _isolated(job, ["mv", raw, target])
+                job.isolated(["mv", raw, target])
             else:
                 options, compress = f"cluster_size={CLUSTER_SIZE}", ["-c"]
                 if disk.compression == "none":
@@ -357,16 +433,16 @@ def _image_files(job: _Bake, raw: Path, folder: Path) -> list[tuple[str, Path]]:
                 else:
                     options += f",compression_type={disk.compression}"
                 convert = ["qemu-img", "convert", "-W", "-m", "4", *compress, "-f", "raw", "-O", kind, "-o", options]
-                _isolated(job, [*convert, raw, target])
+                job.isolated([*convert, raw, target])
             run.give_back(target)
             made.append((kind, target))
     return made
 
 
 def _record(
-    job: _Bake,
+    job: Job,
     folder: Path,
-    base: BaseRoot,
+    base: Base,
     files: list[tuple[str, Path]],
     contents: dict[str, Any],
     sizes: dict[str, int],
@@ -422,14 +498,14 @@ def _record(
         package_count=len(contents["packages"]),
         versions={"kernel": kernel}
         | {name: versions[package] for name, package in NAMED_PACKAGES.items() if package in versions},
-        base=Base(key=base.key, sha256=base.sha256, created=base.created),
+        base=base,
         steps=job.progress.steps,
         usage=Usage(
             peak_memory=max(took.peak_memory for took in job.took),
             disk=sizes["root_used"] + sizes["allocated"] + sum(disk_usage(path) for _, path in files),
             cpu_seconds=round(sum(took.cpu_seconds for took in job.took), 2),
         ),
-        builder=host.versions(),
+        builder=host.versions() | ({"packer": packer_bake.version()} if job.plan.origin else {}),
     )
     shutil.move(job.work / "vmlinuz", job.cache.kvm / f"vmlinuz-{kernel}")
     job.log.write(f"bakehouse: done in {job.progress.elapsed:.1f} s")
@@ -438,7 +514,8 @@ def _record(
     return record
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return the commit of this checkout."""
     done = subprocess.run(
         ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
         capture_output=True,
@@ -448,8 +525,8 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-_CAUSES = (
-    (r"No space left on device|write error: disk full", "the disk is full",
+CAUSES = (
+    (r"[Nn]o space left on device|write error: disk full", "the disk is full",
      ("`invoke cache.prune`, `invoke images.remove TAG`, or name a larger disk in bakehouse.yaml; where the log says "
       "that the build tree is in memory, set build_in_memory: never")),
     (r"E: Unable to locate package (\S+)", "the mirror has no package '{0}'",
@@ -470,21 +547,30 @@ _CAUSES = (
 """What a log says, what that means, and what to do."""
 
 
-def _explained(error: BakehouseError, log: Log) -> BakehouseError:
-    """Say why a stage failed, as far as its output tells."""
+def explained(
+    error: BakehouseError, log: Log, what: str = "the bake", causes: tuple[tuple[str, str, str], ...] = CAUSES
+) -> BakehouseError:
+    """Say why something failed, as far as its output tells.
+
+    Args:
+        error: what it ended with.
+        log: its output.
+        what: was tried.
+        causes: what a log says, what that means, and what to do.
+    """
     text = log.recent()
     hint, shown = error.hint, error.log or log.tail()
     message = error.message
-    for pattern, meaning, remedy in _CAUSES:
+    for pattern, meaning, remedy in causes:
         match = re.search(pattern, f"{message}\n{text}")
         if match:
-            message, hint = f"the bake failed: {meaning.format(*match.groups())}", remedy
+            message, hint = f"{what} failed: {meaning.format(*match.groups())}", remedy
             break
     else:
         script = re.findall(r"dib-run-parts Running (?:/\S+/)?(\w[\w-]*\.d/\S+)", text)
         ended = re.findall(r"dib-run-parts (\S+) completed", text)
         if isinstance(error, run.CommandError) and script and script[-1].rpartition("/")[2] not in ended[-1:]:
-            message = f"the bake failed in the element script {script[-1]} ({error.message})"
+            message = f"{what} failed in the element script {script[-1]} ({error.message})"
             hint, shown = "its last lines are above", _said_by(script[-1], text)
     hint = f"{hint}; the whole log is {log.path}" if hint else f"the whole log is {log.path}"
     return BakehouseError(message, hint=hint, log=shown)

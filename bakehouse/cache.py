@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bakehouse import run
 from bakehouse.errors import BakehouseError
 
 FRESH_DAYS = 14
@@ -17,6 +23,15 @@ FRESH_DAYS = 14
 
 SERVICES = "OpenStack services"
 """What the cache calls the virtual environments of the local OpenStack."""
+
+CONTAINERS = "container images"
+"""What the cache calls buildah's storage, with what is noted of its images."""
+
+INDEX = "package index"
+"""What the cache calls what apt knows of a mirror."""
+
+BASE_IMAGE = "base image"
+"""What the cache calls an image that Packer has downloaded."""
 
 DEB_NOTES = "SHA256SUMS"
 """The file beside downloaded packages that holds their digests."""
@@ -58,6 +73,11 @@ class BaseCache:
         self.bases = root / "base"
         self.work = root / "work"
         self.kvm = root / "kvm"
+        self.containers = root / "containers"
+        self.indexes = root / "apt"
+        """What mirrors offer, see apt_index."""
+        self.packer = root / "packer"
+        """Images from addresses, that Packer has downloaded."""
 
     def debs(self, release: str) -> Path:
         """Return the folder for a release's downloaded packages."""
@@ -123,6 +143,24 @@ class BaseCache:
             raise BakehouseError(f"{path} changed while it was entered into the cache")
         return found
 
+    def packages(self, key: str) -> dict[str, str]:
+        """Return the packages of a base root and their versions; empty where there is none that is whole.
+
+        Raises:
+            BakehouseError: it cannot be read.
+        """
+        found = self.find(key)
+        if found is None:
+            return {}
+        command = ["tar", "--zstd", "--extract", "--to-stdout", "--file", str(found.path), "./var/lib/dpkg/status"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BakehouseError(
+                f"the base root {key} cannot be read: {done.stderr.strip()}", hint="`invoke bake --refresh` renews it"
+            )
+        paragraphs = re.findall(r"^Package: (\S+)\n(?:.+\n)*?Version: (\S+)$", done.stdout, flags=re.MULTILINE)
+        return dict(paragraphs)
+
     def drop(self, key: str) -> None:
         """Forget a base root: its note first, so that it never counts without its tarball."""
         self._note(key).unlink(missing_ok=True)
@@ -131,14 +169,27 @@ class BaseCache:
     def _note(self, key: str) -> Path:
         return self.bases / f"{key}.json"
 
-    def check_debs(self, release: str) -> list[str]:
-        """Remove downloaded packages that are not what apt once checked. Return their names.
+    @contextlib.contextmanager
+    def using_debs(self, release: str) -> Iterator[list[str]]:
+        """Use a release's downloaded packages. Yield the names of those that were removed, not being what apt checked.
 
         apt looks at no more than the size of a package that is there already. So the packages' digests are noted after
         each build in which apt has verified them, and compared before the next one. What has no note was left by a
-        build that did not end well.
+        build that did not end well, or is just being downloaded: so nothing is removed while another build goes on.
         """
         folder = self.debs(release)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("a") as lock:
+            removed: list[str] = []
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                removed = self._remove_spoilt_debs(folder)
+            except BlockingIOError:
+                pass
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            yield removed
+
+    def _remove_spoilt_debs(self, folder: Path) -> list[str]:
         noted = self._noted_debs(folder)
         spoilt = [
             deb for deb in sorted(folder.glob("*.deb")) if file_digest(deb, "sha256")["sha256"] != noted.get(deb.name)
@@ -174,6 +225,10 @@ class BaseCache:
         found += [_entry("packages", path.name, path) for path in self.root.glob("debs-*")]
         found += [_entry("build folder", path.name, path) for path in self.work.glob("*")]
         found += [_entry(SERVICES, path.name, path, note=path / "complete") for path in self.root.glob("openstack-*")]
+        if self.containers.exists():
+            found.append(_entry(CONTAINERS, self.containers.name, self.containers, note=self.containers / "lock"))
+        found += [_entry(INDEX, path.name, path) for path in self.indexes.glob("*") if path.is_dir()]
+        found += [_entry(BASE_IMAGE, path.name, path) for path in self.packer.glob("*")]
         found += [_entry("KVM probe", self.kvm.name, self.kvm)] if self.kvm.exists() else []
         return sorted(found, key=lambda entry: entry.used)
 
@@ -193,13 +248,19 @@ class BaseCache:
             What was removed, or would be.
         """
         removed: list[Entry] = []
+        building = any(self.work.glob("container+*"))
+        images = [entry for entry in self.entries() if entry.kind == CONTAINERS and not building]
         bases = [entry for entry in self.entries() if entry.kind == "base root"]
         stale = now - datetime.timedelta(days=FRESH_DAYS)
         debs = [_entry("package", deb.name, deb) for folder in self.root.glob("debs-*") for deb in folder.glob("*.deb")]
         total = sum(entry.size for entry in self.entries())
         order = [deb for deb in sorted(debs, key=lambda deb: deb.used) if deb.used < stale]
         services = [entry for entry in self.entries() if entry.kind == SERVICES and not _is_run_from(entry.path)]
-        order += sorted([*bases, *services, *(deb for deb in debs if deb.used >= stale)], key=lambda entry: entry.used)
+        downloads = [entry for entry in self.entries() if entry.kind in {BASE_IMAGE, INDEX}]
+        order += sorted(
+            [*bases, *images, *services, *downloads, *(deb for deb in debs if deb.used >= stale)],
+            key=lambda entry: entry.used,
+        )
         for entry in order:
             if total <= limit:
                 break
@@ -212,6 +273,8 @@ class BaseCache:
     def _remove(self, entry: Entry) -> None:
         if entry.kind == "base root":
             self.drop(entry.name)
+        elif entry.kind in {CONTAINERS, INDEX}:
+            run.remove_tree(entry.path)
         elif entry.kind == SERVICES:
             shutil.rmtree(entry.path, ignore_errors=True)
         else:

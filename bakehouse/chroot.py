@@ -36,6 +36,11 @@ class Chroot:
         self._name = name
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
+    @property
+    def prefix(self) -> list[str]:
+        """What to put before a command so that it runs in it."""
+        return [*self.network.everything, "chroot", str(self.root)]
+
     def path(self, inside: str) -> Path:
         """Return how the host reaches a file of it."""
         return self.network.path(self.root / inside.lstrip("/"))
@@ -75,7 +80,7 @@ class Chroot:
             BakehouseError: it failed and that is an error.
         """
         done = subprocess.run(
-            [*self.network.everything, "chroot", str(self.root), *command],
+            [*self.prefix, *command],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
             env=self.environment,
         )  # fmt: skip

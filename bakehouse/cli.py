@@ -25,12 +25,13 @@ from bakehouse import (
     host,
     kubernetes,
     manifest,
+    packer_bake,
     run,
     sudo,
 )
 from bakehouse import plan as plans
 from bakehouse import settings as site
-from bakehouse.cache import SERVICES
+from bakehouse.cache import SERVICES, BaseRoot
 from bakehouse.errors import BakehouseError
 from bakehouse.plan import Plan
 from bakehouse.record import Record
@@ -41,9 +42,53 @@ MOST_WORKERS = 4
 """Tests with real machines at a time: each may take 4 GiB of memory."""
 
 
-def _make_plan(name: str, settings: site.Settings, release: str, formats: str) -> Plan:
+@dataclasses.dataclass(frozen=True)
+class Builder:
+    """Who makes the root filesystem: a flag of tasks."""
+
+    name: str = "dib"
+    """dib or packer."""
+    base: str = ""
+    checksum: str = ""
+    """What Packer boots, see packer_bake.planned()."""
+    server: plans.Server | None = None
+    """Where Packer works in a cloud."""
+
+
+BUILDERS = ("dib", "packer")
+
+
+def server(
+    cloud: str, flavor: str, network: str, volume_size: int, floating_network: str, security_group: str
+) -> plans.Server | None:
+    """Return the server that flags describe; None where they name no cloud."""
+    if not cloud:
+        if flavor or network or volume_size or floating_network:
+            raise BakehouseError("--flavor, --network, --volume-size and --floating-network are for --in-cloud")
+        return None
+    if not flavor:
+        raise BakehouseError("--in-cloud needs --flavor", hint="`openstack flavor list` shows them")
+    if volume_size < 0:
+        raise BakehouseError(f"--volume-size {volume_size}: it is in GiB, or 0 for the flavor's own disk")
+    return plans.Server(cloud, flavor, network, volume_size, floating_network, security_group)
+
+
+def _make_plan(
+    name: str, settings: site.Settings, store: LocalStore, release: str, formats: str, builder: Builder
+) -> Plan:
+    if builder.name not in BUILDERS:
+        raise BakehouseError(f"--builder {builder.name} is none", hint=f"it is {' or '.join(BUILDERS)}")
+    if builder.name != "packer" and (builder.base or builder.checksum or builder.server):
+        raise BakehouseError(
+            "--base, --base-checksum and --in-cloud are for --builder packer", hint="diskimage-builder takes none"
+        )
     chosen = tuple(part.strip() for part in formats.split(",") if part.strip())
-    return plans.make(name, settings, release=release or None, formats=chosen)
+    wanted = plans.make(name, settings, release=release or None, formats=chosen)
+    if builder.name == "packer":
+        wanted = packer_bake.planned(
+            wanted, settings, store, base=builder.base, checksum=builder.checksum, server=builder.server
+        )
+    return wanted
 
 
 def doctor(*, as_json: bool) -> None:
@@ -70,6 +115,7 @@ def bake(
     *,
     release: str,
     formats: str,
+    builder: Builder,
     refresh: bool,
     force: bool,
     verbose: bool,
@@ -84,7 +130,7 @@ def bake(
         # A wrong name or credential is said before the bake, not after it.
         upload.connect(settings).connection.close()
     _warn_of_damage(store)
-    wanted = _make_plan(name, settings, release, formats)
+    wanted = _make_plan(name, settings, store, release, formats, builder)
     progress = errors if as_json else console
     found, built = build.bake(
         wanted,
@@ -175,10 +221,10 @@ def _warn_of_damage(store: LocalStore) -> None:
         errors.print(f"warning: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-def plan(name: str, *, release: str, formats: str, as_json: bool) -> None:
+def plan(name: str, *, release: str, formats: str, builder: Builder, as_json: bool) -> None:
     """Print a plan and what a bake of it would do."""
     settings, store, cache = open_site()
-    wanted = _make_plan(name, settings, release, formats)
+    wanted = _make_plan(name, settings, store, release, formats, builder)
     decision = plans.decide(wanted, store, cache)
     if as_json:
         would = {
@@ -210,8 +256,7 @@ def plan(name: str, *, release: str, formats: str, as_json: bool) -> None:
         ("elements", ", ".join(own) + f"\n[dim]and of diskimage-builder: {', '.join(others)}[/]"),
         *((f"  {element}", " ".join(sorted(set(names)))) for element, names in sorted(by_element.items())),
         ("digest", wanted.digest),
-        ("base root", f"{wanted.base_key}: " + (
-            f"cached, {size_text(base.size)}, {age_text(base.created)} old" if base else "to be made")),
+        _begins_with(wanted, base),
     ]  # fmt: skip
     for key, value in rows:
         table.add_row(key, value)
@@ -223,6 +268,14 @@ def plan(name: str, *, release: str, formats: str, as_json: bool) -> None:
         console.print("[bold]A bake would build the image[/], because:", highlight=False)
         for reason in decision.reasons:
             console.print(f"  {escape(reason)}", highlight=False, soft_wrap=True)
+
+
+def _begins_with(wanted: Plan, base: BaseRoot | None) -> tuple[str, str]:
+    if origin := wanted.origin:
+        about = origin.record.tag if origin.record else origin.checksum or "to be baked"
+        return "Packer boots", f"{origin.name}: {about}"
+    about = f"cached, {size_text(base.size)}, {age_text(base.created)} old" if base else "to be made"
+    return "base root", f"{wanted.base_key}: {about}"
 
 
 def manifests(*, as_json: bool) -> None:
@@ -416,9 +469,11 @@ def test(*, fast: bool, long: bool, only: str) -> None:
     cores = os.cpu_count() or 1
     # Twice as many as cores: half of the tests wait for a process most of the time.
     quick = ["-n", str(2 * cores), "-m", "not slow and not long"]
-    # Without KVM each machine takes a core. Tests of a file share what they bake and boot.
-    real = ["-n", str(min(cores, MOST_WORKERS)), "--dist", "loadfile", "-m", "slow and not long"]
-    runs = [["-m", "long"]] if long else [quick] if fast else [quick, real]
+    # Without KVM each machine takes a core. Tests of a file share what they bake; tests/conftest.py orders the files.
+    each_file_at_once = ["--dist", "loadfile", "--no-loadscope-reorder"]
+    real = ["-n", str(min(cores, MOST_WORKERS)), *each_file_at_once, "-m", "slow and not long"]
+    fastest = [*quick[:2], "-m", "not slow and not long and not lasting"]
+    runs = [["-m", "long"]] if long else [fastest] if fast else [quick, real]
     selected = ["-k", only] if only else []
     # Exit status 5: no test was selected.
     failed = [

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,20 @@ from bakehouse import (
     channel,
     compute,
     inventory,
-    manifest,
     pin,
-    properties,
     rehearsal,
     retention,
-    sbom,
     signature,
+    site_publish,
     upload,
 )
 from bakehouse import publish as publication
-from bakehouse import record as record_module
 from bakehouse import settings as site
 from bakehouse.cloud import Cloud, CloudError, connect
 from bakehouse.errors import BakehouseError
 from bakehouse.glance import Glance
 from bakehouse.pin import Pin
 from bakehouse.progress import Progress
-from bakehouse.properties import Metadata
 from bakehouse.published import Catalogue, Published
 from bakehouse.record import ImageFile, Record
 from bakehouse.settings import Settings
@@ -43,8 +38,6 @@ from bakehouse.terminal import age_text, console, errors, open_site, print_json,
 
 NOVA_SECONDS = 10
 """How long a list of images waits for a Nova that is away."""
-
-GUEST_AGENT = "qemu-guest-agent"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,39 +100,13 @@ def published(
     as_json: bool = False,
 ) -> None:
     """Publish an image to a cloud that is connected, and print where it is."""
-    _check_visibility(visibility)
     progress = errors if as_json else console
-    file, metadata = _metadata(record, settings, store, kind)
-    folder = store.folder(record.tag)
-    signed = _sign(record, settings, file.format, folder)
-    if signed:
-        signature.write_envelope(folder, signature.statement_of(record, file.format, folder), signed)
-    done = publication.publish(
-        record,
-        file,
-        store,
-        cloud,
-        metadata,
-        progress,
-        visibility=visibility or settings.visibility,
-        set_visibility=bool(visibility),
-    )
-
-    def warn(text: str) -> None:
-        progress.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-    publication.remove_leftovers(Catalogue.read(cloud), store, record.tag, warn)
+    done = site_publish.publish(record, settings, store, cloud, progress, visibility=visibility, kind=kind)
     if as_json:
         facts = {"outcome": done.outcome, "changes": done.changes, "seconds": round(done.seconds, 2)}
         print_json(_row(done.image, None, None, cloud) | facts)
         return
     _print_publication(record, done, cloud)
-
-
-def _check_visibility(visibility: str) -> None:
-    allowed = ("private", "shared", "community", "public")
-    if visibility and visibility not in allowed:
-        raise BakehouseError(f"--visibility {visibility}: it is one of {', '.join(allowed)}")
 
 
 def _print_publication(record: Record, done: publication.Done, cloud: Cloud) -> None:
@@ -166,44 +133,6 @@ def _print_publication(record: Record, done: publication.Done, cloud: Cloud) -> 
     console.print(f"\nNext: [bold]{escape(following)}[/]", highlight=False, soft_wrap=True)
 
 
-def _file(record: Record, kind: str) -> ImageFile:
-    files = [file for file in record.files if file.format == kind or not kind]
-    if not files:
-        made = ", ".join(file.format for file in record.files)
-        raise BakehouseError(f"{record.tag} has no {kind} file, only {made}", hint=f"bake with --format {kind}")
-    return files[0]
-
-
-def _sign(record: Record, settings: Settings, kind: str, folder: Path) -> signature.Signature | None:
-    """Return the site's signature of what is published; None where it has no key."""
-    if settings.signing_key is None:
-        return None
-    key = signature.load_private_key(settings.signing_key)
-    return signature.sign(signature.statement_of(record, kind, folder), key)
-
-
-def _metadata(record: Record, settings: Settings, store: LocalStore, kind: str) -> tuple[ImageFile, Metadata]:
-    """Return the file to publish and what the image shall say of itself."""
-    file, folder = _file(record, kind), store.folder(record.tag)
-    overrides: list[tuple[str, properties.Values]] = [("image_properties of the site", settings.image_properties)]
-    description = ""
-    places = manifest.folders(settings.manifests)
-    if record.name in manifest.find_all(places):
-        resolved = manifest.resolve(record.name, places).manifest
-        description = resolved.description
-        overrides.append((f"image_properties of the manifest {record.name}", resolved.image_properties))
-    made = properties.make(
-        record,
-        file,
-        description=description,
-        overrides=tuple(overrides),
-        guest_agent=GUEST_AGENT in sbom.read(folder / record.sbom),
-        record_sha256=record_module.digest(folder / record_module.FILE_NAME),
-        signature=_sign(record, settings, file.format, folder),
-    )
-    return file, made
-
-
 def rehearsed(
     record: Record,
     settings: Settings,
@@ -215,9 +144,8 @@ def rehearsed(
     as_json: bool = False,
 ) -> None:
     """Look as publishing does, and print what it would do."""
-    _check_visibility(visibility)
-    file, metadata = _metadata(record, settings, store, kind)
-    shown = visibility or settings.visibility
+    file, metadata = site_publish.described(record, settings, store, kind)
+    shown = site_publish.known_visibility(visibility) or settings.visibility
     plan = rehearsal.rehearse(record, file, store, cloud, metadata, visibility=shown, set_visibility=bool(visibility))
     if as_json:
         print_json({
@@ -293,24 +221,9 @@ def promote(tag: str, *, to: str, cloud: str, region: str, force: bool, dry_run:
             to,
             force=force,
             dry_run=dry_run,
-            check=_signature_check(settings),
+            check=site_publish.signature_check(settings),
         )
         _print_moved(moved, to, connected, dry_run=dry_run, as_json=as_json)
-
-
-def _signature_check(settings: Settings) -> Callable[[Published], None]:
-    def check_it(image: Published) -> None:
-        if not settings.require_signature:
-            return
-        trusted = signature.load_trusted(settings.trusted_keys)
-        if image.signature is None:
-            raise BakehouseError(
-                f"{image.tag} is not signed, and this site demands it (require_signature)",
-                hint=f"publish it again where 'signing_key' is set: `invoke publish {image.tag}`",
-            )
-        signature.verify(image.statement, image.signature, trusted)
-
-    return check_it
 
 
 def rollback(name: str, *, of: str, cloud: str, region: str, force: bool, dry_run: bool, as_json: bool) -> None:
@@ -324,7 +237,7 @@ def rollback(name: str, *, of: str, cloud: str, region: str, force: bool, dry_ru
             of,
             force=force,
             dry_run=dry_run,
-            check=_signature_check(settings),
+            check=site_publish.signature_check(settings),
         )
         _print_moved(moved, of, connected, dry_run=dry_run, as_json=as_json)
 
@@ -658,7 +571,7 @@ def verify(tag: str, *, cloud: str, region: str, as_json: bool) -> None:
 
 def _check_signature(image: Published, settings: Settings) -> str:
     if image.signature is None:
-        _signature_check(settings)(image)
+        site_publish.signature_check(settings)(image)
         return "none"
     if not settings.trusted_keys:
         return f"by key {image.signature.keyid[:16]}, not checked: 'trusted_keys' is not set"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tempfile
 import webbrowser
 from pathlib import Path
@@ -10,12 +11,60 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from bakehouse import compare, comparison_report, sudo
 from bakehouse import comparison as comparisons
-from bakehouse import comparison_report
+from bakehouse import run as processes
+from bakehouse import settings as site
 from bakehouse.cache import write_atomically
-from bakehouse.comparison import Kept
+from bakehouse.comparison import Comparison, Kept, Scenario
 from bakehouse.errors import BakehouseError
 from bakehouse.terminal import age_text, console, errors, print_json, say, show_error
+
+
+def run(platform: str, *, runs: int, together: int, mirror_rate: str, html: str, as_json: bool) -> None:
+    """Compare the paths of a platform, keep the result, and show it.
+
+    Args:
+        platform: the manifest.
+        runs: rounds of the plain scenario; 0 for 3, or 1 where machines are emulated.
+        together: nodes that are switched on together in one more round; 0 for none.
+        mirror_rate: to which the nodes' link is held in one more round, such as 10mbit; empty for none.
+        html: a file for the report.
+        as_json: print JSON.
+
+    Raises:
+        BakehouseError: a flag is wrong, the paths cannot be compared, or something cannot be made.
+    """
+    if runs < 0:
+        raise BakehouseError(f"--runs {runs}: it is 1 or more, or 0 for what suits this host")
+    if together < 0 or together == 1:
+        raise BakehouseError(f"--together {together}: it is 2 or more, or 0 for none")
+    more = [Scenario(nodes=together)] if together else []
+    more += [Scenario(mirror_rate=_rate(mirror_rate))] if mirror_rate else []
+    settings = site.load()
+    sudo.must_be_root(settings)
+    kept: Path | None = None
+
+    def keep(found: Comparison) -> None:
+        nonlocal kept
+        kept = comparisons.keep(found, over=kept)
+
+    try:
+        with processes.ending_on_sigterm():
+            compare.compare(platform, settings, errors, runs=runs, more=tuple(more), keep=keep)
+    finally:
+        if kept:
+            errors.print(f"kept as {kept.stem}: `invoke compare.show` shows it again", highlight=False)
+    if kept:
+        show(kept.stem, html=html, open_page=False, as_json=as_json)
+
+
+def _rate(text: str) -> int:
+    """Read a rate: a number and kbit, mbit or gbit."""
+    found = re.fullmatch(r"([1-9][0-9]{0,5})([kmg])bit", text.lower())
+    if not found:
+        raise BakehouseError(f"--mirror-rate {text} is no rate", hint="such as 10mbit or 1gbit")
+    return int(found[1]) * {"k": 10**3, "m": 10**6, "g": 10**9}[found[2]]
 
 
 def results(platform: str, *, as_json: bool) -> None:

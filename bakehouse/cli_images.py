@@ -25,7 +25,7 @@ def diff(old: str, new: str, *, by_size: bool, as_json: bool) -> None:
     """Print which packages changed between two images, or which parts made one larger than the other."""
     _, store, _ = open_site()
     before, after = store.get(old), store.get(new)
-    bills = [sbom.read(store.folder(record.tag) / record.sbom) for record in (before, after)]
+    bills = [store.bill(record) for record in (before, after)]
     if by_size:
         _print_sizes(before, after, sbom.sizes(*bills), as_json=as_json)
         return

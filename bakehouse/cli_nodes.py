@@ -221,6 +221,15 @@ class Shared:
     bundle: str = ""
     """The file of a bundle, for the path bootstrap."""
     bundle_url: str = ""
+    container: str = ""
+    """A container image by its digest, for the path hybrid."""
+    insecure_registry: bool = False
+
+    def container_image(self) -> userdata.ContainerImage | None:
+        """Return the container image, where one is given."""
+        if self.insecure_registry and not self.container:
+            raise BakehouseError("--insecure-registry without --container", hint="it says how the image is fetched")
+        return userdata.ContainerImage(self.container, self.insecure_registry) if self.container else None
 
     def bundled(self) -> userdata.Bundle | None:
         """Return the bundle, where one is given."""
@@ -233,6 +242,13 @@ class Shared:
             return None
         sha256 = hashlib.sha256(_bytes_of("--bundle", self.bundle)).hexdigest()
         return userdata.Bundle(self.bundle_url, sha256)
+
+    def must_not_be_hybrid(self) -> None:
+        """Refuse a container image, for a platform that has none."""
+        if self.container or self.path == "hybrid":
+            raise BakehouseError(
+                "only nodes of slurm come from container images", hint="docs/hybrid.md says why; --path bake"
+            )
 
     def from_broker(self) -> userdata.Broker | None:
         """Return the broker, where one is given."""
@@ -277,12 +293,14 @@ def slurm_join(
         broker=shared.from_broker(),
         ssh_keys=shared.public_keys(),
         bundle=shared.bundled(),
+        image=shared.container_image(),
         roce=text_of("--roce", roce) if roce else "",
     )
 
 
 def roce_join(shared: Shared, *, devices: int, roce: str) -> userdata.RoceJoin:
     """Return what a node with RDMA devices is to be, as it was given."""
+    shared.must_not_be_hybrid()
     if shared.key_file or shared.broker or shared.token_file:
         raise BakehouseError(
             "a node of the platform roce joins nothing that has a secret",
@@ -310,6 +328,7 @@ def kubernetes_join(
     cloud_provider: str,
 ) -> userdata.KubernetesJoin:
     """Return how a Kubernetes node joins, as it was given."""
+    shared.must_not_be_hybrid()
     if not api_server:
         raise BakehouseError("no API server is given", hint="say where it listens: --api-server HOST[:PORT]")
     return userdata.KubernetesJoin(

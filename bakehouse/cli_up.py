@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,12 @@ from bakehouse.settings import Settings
 from bakehouse.teardown import Failed, Thing
 from bakehouse.terminal import console, errors, print_json, say
 from bakehouse.timeline import Timeline
+from bakehouse.userdata import BASES, PATHS
 
-OPENSTACK = "openstack"
+OPENSTACK, QEMU = "openstack", "qemu"
 
-MACHINES = (OPENSTACK,)
+MACHINES = (OPENSTACK, QEMU)
 """What nodes can come up on."""
-
-PATHS = ("bake", "bootstrap")
-
-BASE = "base"
-"""The manifest whose image is booted by paths that set nodes up at boot."""
 
 UNTIL = ("joined", "active")
 
@@ -225,7 +221,7 @@ def up_on_openstack(wish: Wish, joining: UserData, options: OpenStack, *, as_jso
                     with progress.stage(JOIN_STAGE):
                         timelines = _join(servers, wish.join_seconds, progress)
                 for node, found in timelines.items():
-                    write_atomically(launch.folder / f"timeline-{node}.json", found.model_dump_json(indent=1))
+                    write_atomically(launch.folder / launches.timeline_name(node), found.model_dump_json(indent=1))
     _print_up(launch, servers, timelines, cloud, as_json=as_json)
 
 
@@ -234,7 +230,7 @@ def _checked(cloud: Cloud, wish: Wish, options: OpenStack, settings: Settings) -
     image = choice.image
     if not image:
         catalogue = Catalogue.read(cloud, settings.image_owner)
-        platform = wish.platform if wish.path == "bake" else BASE
+        platform = BASES.get(wish.path, wish.platform)
         image = pin.choose(catalogue, platform, channel_name=choice.channel, tag=choice.tag).id
     checked = server_checks.check(cloud, dataclasses.replace(options.wanted, image=image), wish.count)
     there = [thing for thing in teardown.find(cloud) if thing.mark.name == wish.name and not thing.kept]
@@ -331,13 +327,7 @@ def _print_up(
             "servers": [_server_facts(one, timelines.get(one.node)) for one in servers],
         })  # fmt: skip
         return
-    console.print()
-    for one in servers:
-        shown = timelines.get(one.node)
-        if shown:
-            console.print(f"[bold]{one.node}[/]")
-            timeline.show(console, shown)
-            console.print()
+    print_timelines(timelines)
     table = Table("Node", "Id", "Address", "Launched after", "Joined after", "Console", box=None, pad_edge=False)
     for one in servers:
         shown = timelines.get(one.node)
@@ -352,6 +342,15 @@ def _print_up(
         if one.login:
             console.print(f"{' '.join(one.login.command)}", style="dim", highlight=False, soft_wrap=True, markup=False)
     console.print(f"\nThey cost until: [bold]invoke down --name {launch.name} --cloud {cloud.name}[/]", highlight=False)
+
+
+def print_timelines(timelines: Mapping[str, Timeline]) -> None:
+    """Print timelines, each below its node's name."""
+    console.print()
+    for node, shown in timelines.items():
+        console.print(f"[bold]{node}[/]")
+        timeline.show(console, shown)
+        console.print()
 
 
 def _server_facts(one: Server, shown: Timeline | None) -> dict[str, Any]:

@@ -511,6 +511,13 @@ _MEANINGS: tuple[tuple[tuple[type[Exception], ...], str, str, int], ...] = (
         "is it up, and is 'auth_url' in clouds.yaml right?",
         0,
     ),
+    (
+        # What openstacksdk makes of a service that does not answer when it is asked for its versions.
+        (openstack.exceptions.NotSupported,),
+        "{cloud}: {doing}: the service does not say which versions it has: {text}",
+        "it is probably down: does its address in the catalogue answer?",
+        0,
+    ),
 )
 """Exceptions of the libraries below, what they mean, what to do, and the nearest HTTP status; 0: it may pass."""
 

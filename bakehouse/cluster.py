@@ -42,19 +42,28 @@ class Cluster:
     controller: Controller
     broker: Broker
 
-    def join(self, node: str, *, inline: bool = False, bundle: userdata.Bundle | None = None) -> userdata.Join:
+    def join(
+        self,
+        node: str,
+        *,
+        inline: bool = False,
+        bundle: userdata.Bundle | None = None,
+        image: userdata.ContainerImage | None = None,
+    ) -> userdata.Join:
         """Return what a node needs to know to join.
 
         Args:
             node: its name.
             inline: with the key itself inline; else with a token made for it.
             bundle: what it is made of first, where it is a plain one.
+            image: what it starts, where it is a plain one with a container runtime.
         """
-        path = "bootstrap" if bundle else "bake"
+        path = "bootstrap" if bundle else "hybrid" if image else "bake"
         return userdata.Join(
             (self.controller.address,),
             path=path,
             bundle=bundle,
+            image=image,
             authentication=self.controller.authentication,
             node=node,
             features=(path,),

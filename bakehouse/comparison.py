@@ -29,14 +29,17 @@ PathName = Literal["bake", "hybrid", "bootstrap"]
 PATHS: tuple[PathName, ...] = get_args(PathName)
 """What makes most beforehand comes first."""
 
-SET_UP_BEGINS = "bootstrap started"
-"""The moment at which a path that sets nodes up at boot begins to. Paths that do not have none."""
+SET_UP_BEGINS = ("bootstrap started", "containers started")
+"""The moments at which paths that set nodes up at boot begin to. Paths that do not have none."""
+
+SET_UP_ENDS = ("containers ready", "agent started")
+"""Of containers the agent, which is there, waits for them; a bootstrap starts it."""
 
 PHASES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("firmware and loader", ("kernel",)),
     ("kernel and initramfs", ("userspace",)),
-    ("system start", (SET_UP_BEGINS, "agent started")),
-    ("set-up", ("agent started",)),
+    ("system start", (*SET_UP_BEGINS, "agent started")),
+    ("set-up", SET_UP_ENDS),
     ("join", (JOINED,)),
     ("first job", (FIRST_JOB,)),
 )
@@ -592,11 +595,16 @@ def folder() -> Path:
     return user_state_path("bakehouse") / "comparisons"
 
 
-def keep(comparison: Comparison) -> Path:
-    """Keep a result, and return its file. Its name without ``.json`` is the result's."""
+def keep(comparison: Comparison, over: Path | None = None) -> Path:
+    """Keep a result, and return its file. Its name without ``.json`` is the result's.
+
+    Args:
+        comparison: the result.
+        over: the file of an earlier state of it.
+    """
     stem = f"{comparison.platform}-{comparison.started.astimezone(datetime.UTC):%Y%m%dT%H%M%SZ}"
     names = itertools.chain([stem], (f"{stem}.{number}" for number in itertools.count(2)))
-    path = next(path for name in names if not (path := folder() / f"{name}.json").exists())
+    path = over or next(path for name in names if not (path := folder() / f"{name}.json").exists())
     write_atomically(path, comparison.model_dump_json(indent=1) + "\n")
     return path
 

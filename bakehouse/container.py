@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,13 +31,26 @@ OPTIONS = [
 ]  # fmt: skip
 """See systemd-nspawn(1)."""
 
+NESTED = "--system-call-filter=@keyring bpf"
+"""What crun needs beside that to run containers in a container."""
+
 
 class Container:
     """A running container. Made by boot()."""
 
-    def __init__(self, network: Network, port: Port, root: Path, hostname: str) -> None:
+    def __init__(
+        self,
+        network: Network,
+        port: Port,
+        root: Path,
+        hostname: str,
+        podman_storage: Path | None = None,
+        shared: Sequence[Path] = (),
+    ) -> None:
         self.network = network
         self.hostname = hostname
+        self.podman_storage = podman_storage
+        self.shared = shared
         self.port = port
         self.root = root
         """Its root, in the network's place."""
@@ -72,6 +85,9 @@ class Container:
             "systemd-nspawn", *OPTIONS, f"--directory={self.root}", f"--machine={self.name}",
             f"--hostname={self.hostname}", f"--network-namespace-path=/run/netns/{self.name}",
         ]  # fmt: skip
+        if self.podman_storage:
+            command += [f"--bind={self.podman_storage}:/var/lib/containers", NESTED]
+        command += [f"--bind={folder}" for folder in self.shared]
         # A host with both versions of cgroups would give it the first otherwise.
         unified = {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
         self._process = self.network.start(command, self._console, unified)
@@ -191,6 +207,8 @@ def boot(
     files: Mapping[str, tuple[str, int]] | None = None,
     layer: str = "50%",
     hostname: str = "",
+    podman_storage: Path | None = None,
+    shared: Sequence[Path] = (),
 ) -> Iterator[Container]:
     """Boot a container of an image's root. It ends with the block, and what it wrote is thrown away.
 
@@ -201,11 +219,13 @@ def boot(
         files: by path, texts and modes to write before it boots.
         hostname: another host name than the node's.
         layer: the size of what it may write, in the words of tmpfs(5).
+        podman_storage: a folder for images and containers of a node that runs some: overlays cannot be on overlays.
+        shared: folders of the host that it has at the same paths. None below /tmp, which it has of its own.
     """
     port = network.port(name)
     network.add_namespace(port)
     root = network.writable_copy(image_root, name, size=layer)
-    made = Container(network, port, root, hostname or name)
+    made = Container(network, port, root, hostname or name, podman_storage, shared)
     for path, (text, mode) in (files or {}).items():
         made.write(path, text, mode)
     try:

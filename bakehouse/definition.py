@@ -17,18 +17,19 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bakehouse import elements
 from bakehouse.elements import Element
 from bakehouse.errors import BakehouseError
-from bakehouse.plan import Plan
+from bakehouse.manifest import Resolved
+from bakehouse.plan import OPERATING_SYSTEM, Plan
 from bakehouse.userdata import PLAY
 
-VERSION = 1
+VERSION = 2
 
 PHASES = ("pre-install.d", "install.d", "post-install.d", "finalise.d")
 """Of diskimage-builder, in its order: those that run in the root that is built."""
@@ -79,18 +80,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class StaticFile:
-    """A file that an element brings as it is."""
-
-    path: str
-    """On the node, absolute."""
-    mode: str = ""
-    """Octal digits; none of a link."""
-    link: str = ""
-    """What it leads to, of a link."""
-
-
-@dataclass(frozen=True)
 class Definition:
     """What to do to a base image, in order."""
 
@@ -106,7 +95,6 @@ class Definition:
     environment: dict[str, str]
     """Variables of the scripts."""
     steps: tuple[Step, ...]
-    static: tuple[StaticFile, ...]
     presets: dict[str, bool]
     """Units, and whether they are enabled."""
 
@@ -135,8 +123,6 @@ class Definition:
                 }
                 for step in self.steps
             ],
-            "static": [{"path": file.path, "mode": file.mode} for file in self.static if not file.link],
-            "links": [{"path": file.path, "to": file.link} for file in self.static if file.link],
             "presets": [{"unit": unit, "enabled": enabled} for unit, enabled in self.presets.items()],
         }
 
@@ -146,24 +132,28 @@ def bundle_name(plan: Plan) -> str:
     return f"{plan.name}-{plan.digest[:7]}.tar.gz"
 
 
-def of(plan: Plan) -> Definition:
+def of(plan: Plan, base: Resolved | None = None) -> Definition:
     """Return what the plan does beyond its base.
 
     Args:
         plan: the plan of a platform's image.
+        base: the manifest of another base image than the plan's own, which may have more.
 
     Raises:
         BakehouseError: it has nothing beyond its base, or an element of it needs what only a build can do.
     """
-    chosen = own_elements(plan)
-    if not chosen:
+    chosen = own_elements(plan, base)
+    if not chosen and not plan.manifest.packages:
         raise BakehouseError(
-            f"{plan.name} has no elements beyond those of its base",
+            f"{plan.name} has nothing beyond its base",
             hint="choose a manifest of a platform, such as slurm",
         )
     environment = elements.with_defaults(plan.elements, plan.environment)
     environment = {name: value for name, value in sorted(environment.items()) if name not in SHELL_ONLY}
     names = {element.name for element in chosen}
+    if base and not base.manifest.elements:
+        # A cloud image of somebody else: the packages that make a system of it may be missing.
+        names.add(OPERATING_SYSTEM)
     steps = [*_scripts(chosen, environment)]
     by_phase: dict[str, set[str]] = {}
     for package in plan.packages:
@@ -172,9 +162,8 @@ def of(plan: Plan) -> Definition:
     steps += [Step(phase, PACKAGES_AT[phase], "packages", tuple(sorted(found))) for phase, found in by_phase.items()]
     if extra := sorted(set(plan.manifest.packages)):
         steps.append(Step(*EXTRA_AT, "packages", tuple(extra)))
-    static = tuple(_static(chosen))
     presets = dict(_presets(chosen))
-    if static:
+    if any(name.startswith("static/") for element in chosen for name in element.files()):
         steps.append(Step(*STATIC_AT, "static"))
     if presets:
         steps.append(Step(*PRESETS_AT, "presets"))
@@ -182,25 +171,21 @@ def of(plan: Plan) -> Definition:
         name=plan.name,
         platform=str(plan.manifest.platform),
         release=str(plan.manifest.release),
-        base=plan.resolved.chain[0],
+        base=base.name if base else plan.resolved.chain[0],
         kernel=str(plan.manifest.kernel),
         digest=plan.digest,
         environment=environment,
         steps=tuple(sorted(steps, key=Step._place)),
-        static=static,
         presets=presets,
     )
 
 
-def own_elements(plan: Plan) -> tuple[Element, ...]:
-    """Return the elements of a plan that its base does not have."""
-    base = {element.name for element in elements.expand(tuple(plan.resolved.base_elements), plan.elements_path)}
-    return tuple(element for element in plan.elements if element.name not in base and not element.built_in)
-
-
-def _files(element: Element, folder: str) -> Iterator[Path]:
-    names = element.files()
-    yield from (element.path / name for name in names if name.startswith(f"{folder}/"))
+def own_elements(plan: Plan, base: Resolved | None = None) -> tuple[Element, ...]:
+    """Return the elements of a plan that its base does not have. See of()."""
+    names = base.manifest.elements if base else plan.resolved.base_elements
+    # Of a cloud image of somebody else nothing is known but that it is a Debian.
+    there = {element.name for element in elements.expand((OPERATING_SYSTEM, *names), plan.elements_path)}
+    return tuple(element for element in plan.elements if element.name not in there and not element.built_in)
 
 
 def _scripts(chosen: tuple[Element, ...], environment: dict[str, str]) -> Iterator[Step]:
@@ -215,16 +200,6 @@ def _scripts(chosen: tuple[Element, ...], environment: dict[str, str]) -> Iterat
                 yield Step(phase, script, "script", digest=hashlib.sha256(about.encode()).hexdigest())
 
 
-def _static(chosen: tuple[Element, ...]) -> Iterator[StaticFile]:
-    for element in chosen:
-        for path in _files(element, "static"):
-            inside = "/" + str(path.relative_to(element.path / "static"))
-            if path.is_symlink():
-                yield StaticFile(inside, link=str(path.readlink()))
-            else:
-                yield StaticFile(inside, "0755" if os.access(path, os.X_OK) else "0644")
-
-
 def _presets(chosen: tuple[Element, ...]) -> Iterator[tuple[str, bool]]:
     for element in chosen:
         for path in sorted((element.path / "static/usr/lib/systemd/system-preset").glob("*.preset")):
@@ -234,7 +209,7 @@ def _presets(chosen: tuple[Element, ...]) -> Iterator[tuple[str, bool]]:
 
 
 def write_bundle(plan: Plan, target: Path) -> Definition:
-    """Write what write_folder() does into one archive (.tar.gz). The same definition gives the same bytes.
+    """Write what write_play() does into one archive (.tar.gz). The same definition gives the same bytes.
 
     Args:
         plan: the plan of a platform's image.
@@ -245,7 +220,7 @@ def write_bundle(plan: Plan, target: Path) -> Definition:
     """
     with tempfile.TemporaryDirectory(prefix="bakehouse-bundle-") as name:
         folder = Path(name) / "bundle"
-        made = write_folder(plan, folder)
+        made = write_play(plan, folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.name}.{os.getpid()}")
         try:
@@ -256,27 +231,39 @@ def write_bundle(plan: Plan, target: Path) -> Definition:
     return made
 
 
-def write_folder(plan: Plan, folder: Path) -> Definition:
-    """Write the definition, its files and the play that applies it into a folder.
+def write_play(plan: Plan, folder: Path, base: Resolved | None = None) -> Definition:
+    """Write a definition and its files into a folder, and the play that applies them. See write_folder()."""
+    made = write_folder(plan, folder, base)
+    shutil.copytree(PLAY, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.md", "bakehouse-bootstrap*"))
+    return made
+
+
+def write_folder(plan: Plan, folder: Path, base: Resolved | None = None) -> Definition:
+    """Write a definition and its files into a folder.
 
     Elements that fetch something on the builder (extra-data.d) do it now.
 
     Args:
         plan: the plan of a platform's image.
         folder: it must not be there.
+        base: see of().
 
     Raises:
         BakehouseError: an element's extra-data.d failed.
     """
-    made = of(plan)
+    made = of(plan, base)
     hooks = folder / "hooks"
     hooks.mkdir(parents=True)
-    chosen = own_elements(plan)
+    chosen = own_elements(plan, base)
     for element in chosen:
         _merge(element, hooks)
     _fetch_extra_data(chosen, hooks, made.environment)
+    static = hooks / "static"
+    if static.is_dir():
+        with static.with_suffix(".tar").open("wb") as file:
+            _archive((path for path in static.rglob("*") if path.is_symlink() or not path.is_dir()), static, file)
+        shutil.rmtree(static)
     (folder / "definition.json").write_text(json.dumps(made.as_dict(), indent=1) + "\n")
-    shutil.copytree(PLAY, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.md", "bakehouse-bootstrap*"))
     return made
 
 
@@ -321,13 +308,14 @@ def _fetch_extra_data(chosen: tuple[Element, ...], hooks: Path, environment: dic
 
 
 def _pack(folder: Path, target: Path) -> None:
-    with (
-        target.open("wb") as raw,
-        gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed,
-        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
-    ):
-        for path in sorted(folder.rglob("*")):
-            archive.add(path, str(path.relative_to(folder)), recursive=False, filter=_plain)
+    with target.open("wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed:
+        _archive(folder.rglob("*"), folder, packed)
+
+
+def _archive(paths: Iterable[Path], top: Path, file: IO[bytes] | gzip.GzipFile) -> None:
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for path in sorted(paths):
+            archive.add(path, str(path.relative_to(top)), recursive=False, filter=_plain)
 
 
 def _plain(info: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -79,6 +79,15 @@ TEST_TOOLS = (
 )
 """What only our own tests need."""
 
+PACKER_TOOLS = (Tool("packer", "packer", "images that are baked with Packer"),)
+"""What only `invoke bake --builder packer` needs."""
+
+CONTAINER_TOOLS = (
+    Tool("buildah", "buildah", "container images of the hybrid path"),
+    Tool("docker-registry", "docker-registry", "a registry for them on this host"),
+)
+"""What only the tasks container.* and registry.* need."""
+
 VERSIONED = {
     "mmdebstrap": "mmdebstrap",
     "grub": "grub-common",
@@ -99,15 +108,18 @@ def missing(wanted: tuple[Tool, ...] = TOOLS) -> list[Tool]:
     ]
 
 
-def must_have_tools() -> None:
+def must_have_tools(wanted: tuple[Tool, ...] = TOOLS) -> None:
     """Check that this host has all tools.
+
+    Args:
+        wanted: which.
 
     Raises:
         BakehouseError: it lacks some.
     """
     from bakehouse.errors import BakehouseError
 
-    if lacking := missing():
+    if lacking := missing(wanted):
         raise BakehouseError(
             f"this host lacks {', '.join(tool.name for tool in lacking)}",
             hint=f"apt-get install {' '.join(packages_of(lacking))}",
@@ -173,6 +185,7 @@ def examine(settings: Settings) -> Iterator[Check]:
     """Check the host; yields a row at a time."""
     yield _check_python()
     yield _check_tools()
+    yield _check_container_tools()
     yield _check_root()
     yield _check_host_name()
     yield _check_space("cache", settings.cache)
@@ -195,6 +208,14 @@ def _check_tools() -> Check:
         names = ", ".join(f"{tool.name} ({tool.purpose})" for tool in lacking)
         return Check("Tools", "failed", f"missing: {names}", f"apt-get install {' '.join(packages_of(lacking))}")
     return Check("Tools", "ok", ", ".join(f"{name} {version}" for name, version in versions().items()))
+
+
+def _check_container_tools() -> Check:
+    if lacking := missing(CONTAINER_TOOLS):
+        names = ", ".join(f"{tool.name} ({tool.purpose})" for tool in lacking)
+        remedy = f"for the hybrid path: apt-get install {' '.join(packages_of(lacking))}"
+        return Check("Container tools", "ok", f"not installed: {names}", remedy)
+    return Check("Container tools", "ok", ", ".join(tool.name for tool in CONTAINER_TOOLS))
 
 
 def _check_root() -> Check:
@@ -320,6 +341,20 @@ def _check_clouds() -> Check:
     return Check("Cloud", "ok", "no credentials; none are needed to bake, look and boot")
 
 
+def needed_by(words: Sequence[str]) -> tuple[Tool, ...]:
+    """Return the tools that a task needs; of no task, those of all that bake.
+
+    Args:
+        words: the task and its flags.
+    """
+    task = words[0] if words else ""
+    if task == "test":
+        return TOOLS + TEST_TOOLS + CONTAINER_TOOLS + PACKER_TOOLS
+    if task.partition(".")[0] in {"container", "registry", "compare"} or {"up", "hybrid"} <= {*words}:
+        return TOOLS + CONTAINER_TOOLS
+    return TOOLS + PACKER_TOOLS if "packer" in words else TOOLS
+
+
 if __name__ == "__main__":
-    # The argument is the task that ./run is about to start.
-    sys.exit(install_missing(TOOLS + TEST_TOOLS if sys.argv[1:] == ["test"] else TOOLS))
+    # The arguments are those of ./run: the task that it is about to start.
+    sys.exit(install_missing(needed_by(sys.argv[1:])))

@@ -137,6 +137,11 @@ def check_name(name: str) -> None:
         )
 
 
+def timeline_name(node: str) -> str:
+    """Return the name of the file in a launch's folder with a node's timeline."""
+    return f"timeline-{node}.json"
+
+
 def node_names(name: str, count: int) -> tuple[str, ...]:
     """Return the names of a launch's nodes."""
     return tuple(f"{name}-{number}" for number in range(1, count + 1))

@@ -15,22 +15,22 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal
 
 import openstack.connection
 import openstack.exceptions
+import tenacity
 from platformdirs import user_state_path
 
-from bakehouse import REPOSITORY, clouds_yaml, lock, process, waiting
-from bakehouse.cache import disk_usage, write_atomically
+from bakehouse import REPOSITORY, clouds_yaml, lock
+from bakehouse.cache import disk_usage
+from bakehouse.daemon import Daemon, Process, free_ports
 from bakehouse.errors import BakehouseError
 
 LOCK = REPOSITORY / "requirements-openstack.lock"
@@ -41,9 +41,6 @@ DOMAIN = "default"
 
 NOTE = "cloud.json"
 """The file that says what it is; it is written when its databases are there."""
-
-UP_SECONDS = 120
-DOWN_SECONDS = 20
 
 Service = Literal["keystone", "glance"]
 SERVICES: tuple[Service, ...] = ("keystone", "glance")
@@ -63,20 +60,6 @@ SERVER_OPTIONS = {
     "disable-logging": "true",
 }
 """Of uWSGI: one process, since SQLite and Keystone's cache in memory are shared in it."""
-
-
-@dataclass(frozen=True)
-class Process:
-    """A service that runs."""
-
-    pid: int
-    started: int
-    """In ticks since the host's boot (proc(5)): process numbers are used again."""
-
-    @property
-    def running(self) -> bool:
-        """Whether it is still there."""
-        return self.started > 0 and process.started(self.pid) == self.started
 
 
 @dataclass(frozen=True)
@@ -131,17 +114,17 @@ class LocalCloud:
 
     def log(self, service: Service) -> Path:
         """Return a service's log."""
-        return self.folder / f"{service}.log"
+        return self._daemon(service).log
 
     # The services.
 
+    def _daemon(self, service: Service) -> Daemon:
+        address = f"{self.auth_url}/" if service == "keystone" else f"{self.image_url}/versions"
+        return Daemon(service, self.folder, address)
+
     def process(self, service: Service) -> Process | None:
         """Return a service's process, where it runs."""
-        try:
-            found = Process(**json.loads((self.folder / f"{service}.json").read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
-        return found if found.running else None
+        return self._daemon(service).process()
 
     @property
     def running(self) -> bool:
@@ -154,44 +137,9 @@ class LocalCloud:
         Raises:
             BakehouseError: it does not come up.
         """
-        if self.process(service):
-            return
-        said = self.folder / f"{service}.err"
-        tie = ["setpriv", "--pdeathsig", "TERM"] if self.tied else []
-        with said.open("wb") as errors:
-            child = subprocess.Popen(
-                [*tie, self.environment / "bin" / "uwsgi", "--ini", self.folder / f"{service}.ini"],
-                stdin=subprocess.DEVNULL,
-                stdout=errors,
-                stderr=errors,
-                env=_environment() | {"LOCAL_CLOUD_SERVICE": service, "LOCAL_CLOUD_FOLDER": str(self.folder)},
-                start_new_session=True,
-            )
-        note = Process(child.pid, process.started(child.pid))
-        write_atomically(self.folder / f"{service}.json", json.dumps(dataclasses.asdict(note)))
-
-        def last_words() -> str:
-            texts = [path.read_text(errors="replace") for path in (said, self.log(service)) if path.exists()]
-            return "\n".join(line for text in texts for line in text.splitlines()[-12:])
-
-        def ended() -> None:
-            if child.poll() is not None:
-                raise BakehouseError(f"{service} does not start", hint=f"see {self.log(service)}", log=last_words())
-
-        try:
-            waiting.until(
-                service,
-                lambda: _answers(self._address(service)),
-                UP_SECONDS,
-                poll=0.1,
-                check=ended,
-                last_words=last_words,
-            )
-        except BaseException:
-            self.stop(service, signal.SIGKILL)
-            raise
-        # It shall outlive this object, which would complain of that.
-        child.returncode = 0
+        command = [str(self.environment / "bin" / "uwsgi"), "--ini", f"{self.folder}/{service}.ini"]
+        variables = {"LOCAL_CLOUD_SERVICE": service, "LOCAL_CLOUD_FOLDER": str(self.folder)}
+        self._daemon(service).start(command, _environment() | variables, tied=self.tied)
 
     def stop(self, service: Service, how: signal.Signals = signal.SIGTERM) -> bool:
         """End a service. Return whether it ran.
@@ -200,23 +148,7 @@ class LocalCloud:
             service: which.
             how: SIGTERM or SIGKILL.
         """
-        found = self.process(service)
-        if found is None:
-            return False
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(found.pid, how)
-        try:
-            waiting.until(f"end of {service}", lambda: not found.running, DOWN_SECONDS, poll=0.05)
-        except BakehouseError:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(found.pid, signal.SIGKILL)
-            waiting.until(f"end of {service}", lambda: not found.running, DOWN_SECONDS, poll=0.05)
-        (self.folder / f"{service}.json").unlink(missing_ok=True)
-        _reap(found.pid)
-        return True
-
-    def _address(self, service: Service) -> str:
-        return f"{self.auth_url}/" if service == "keystone" else f"{self.image_url}/versions"
+        return self._daemon(service).stop(how)
 
     # Its users.
 
@@ -255,24 +187,15 @@ class LocalCloud:
             identity.assign_project_role_to_user(where, who, _found(identity.find_role, role))
         finally:
             admin.close()
-        own = openstack.connection.Connection(
-            auth={
-                "auth_url": self.auth_url,
-                "username": user,
-                "password": password,
-                "project_name": project,
-                "user_domain_id": DOMAIN,
-                "project_domain_id": DOMAIN,
-            },
-            identity_api_version="3",
-            app_name="bakehouse",
-        )
-        try:
-            made = _identity(own).create_application_credential(
-                user=own.current_user_id, name=f"bakehouse-{secrets.token_hex(4)}", unrestricted=False
-            )
-        finally:
-            own.close()
+        auth = {
+            "auth_url": self.auth_url,
+            "username": user,
+            "password": password,
+            "project_name": project,
+            "user_domain_id": DOMAIN,
+            "project_domain_id": DOMAIN,
+        }
+        made = _credential(auth)
         credential = {
             "auth_url": self.auth_url,
             "application_credential_id": made.id,
@@ -451,7 +374,7 @@ def _environment() -> dict[str, str]:
 
 
 def _make(folder: Path, environment: Path, name: str, clouds_file: Path, *, tied: bool) -> LocalCloud:
-    ports = dict(zip(SERVICES, _free_ports(len(SERVICES)), strict=True))
+    ports = dict(zip(SERVICES, free_ports(len(SERVICES)), strict=True))
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     made = LocalCloud(folder, environment, ports, secrets.token_urlsafe(24), name, clouds_file, now, tied)
     for part in ("images", "staging", "tasks", "fernet", "credential"):
@@ -515,6 +438,31 @@ def _furnish(made: LocalCloud, say: Callable[[str], None]) -> None:
 def _identity(connection: openstack.connection.Connection) -> Any:
     """Return the Identity API, version 3."""
     return connection.identity
+
+
+def _is_refused(error: BaseException) -> bool:
+    return isinstance(error, openstack.exceptions.HttpException) and error.status_code == HTTPStatus.UNAUTHORIZED
+
+
+@tenacity.retry(
+    retry=tenacity.retry_if_exception(_is_refused),
+    wait=tenacity.wait_fixed(0.5),
+    stop=tenacity.stop_after_delay(10),
+    reraise=True,
+)
+def _credential(auth: Mapping[str, str]) -> Any:
+    """Make an application credential as a user whose password was set just now.
+
+    A new password revokes the tokens of before. A token's time is in whole seconds, so that one which is issued within
+    the second of the change counts as one of before and is refused; the next second's is not.
+    """
+    own = openstack.connection.Connection(auth=auth, identity_api_version="3", app_name="bakehouse")
+    try:
+        return _identity(own).create_application_credential(
+            user=own.current_user_id, name=f"bakehouse-{secrets.token_hex(4)}", unrestricted=False
+        )
+    finally:
+        own.close()
 
 
 def _found(find: Callable[..., Any], name: str) -> Any:
@@ -603,30 +551,3 @@ def _write(path: Path, text: str) -> None:
     """Write a file that holds a secret: it never exists readable by others."""
     path.touch(mode=0o600)
     path.write_text(text)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [made.getsockname()[1] for made in sockets]
-    for made in sockets:
-        made.close()
-    return ports
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as answer:
-            return bool(answer.status)
-    except urllib.error.HTTPError as error:
-        # 300: several versions to choose from.
-        return error.code < 500  # noqa: PLR2004 - RFC 9110
-    except OSError:
-        return False
-
-
-def _reap(pid: int) -> None:
-    """Take note of a child's end, where it is one of ours."""
-    try:
-        os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        return

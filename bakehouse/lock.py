@@ -14,7 +14,14 @@ from bakehouse.errors import BakehouseError
 
 
 @contextmanager
-def held(path: Path, what: str, *, wait: bool, say: Callable[[str], None]) -> Iterator[None]:
+def held(
+    path: Path,
+    what: str,
+    *,
+    wait: bool,
+    say: Callable[[str], None],
+    hint: str = "wait for it, or leave out --no-wait",
+) -> Iterator[None]:
     """Hold a lock.
 
     Args:
@@ -22,6 +29,7 @@ def held(path: Path, what: str, *, wait: bool, say: Callable[[str], None]) -> It
         what: what it protects, for messages, such as "the bake of slurm".
         wait: wait for whoever holds it, saying so once.
         say: takes that message.
+        hint: what to do where we do not wait.
 
     Raises:
         BakehouseError: somebody else holds it and we do not wait.
@@ -34,7 +42,7 @@ def held(path: Path, what: str, *, wait: bool, say: Callable[[str], None]) -> It
     except Timeout:
         who = holder.read_text().strip() if holder.is_file() else "another process"
         if not wait:
-            raise BakehouseError(f"{what} is held by {who}", hint="wait for it, or leave out --no-wait") from None
+            raise BakehouseError(f"{what} is held by {who}", hint=hint) from None
         say(f"waiting for {what}, held by {who}")
         lock.acquire()
     try:

@@ -295,9 +295,13 @@ async def _qmp(path: Path, command: str, arguments: dict[str, object]) -> object
             await client.disconnect()
 
 
+KEY = "id_ed25519"
+"""The file of make_key()."""
+
+
 def make_key(folder: Path) -> Path:
     """Make an SSH key for a machine's lifetime. Return the private one's path; the public one has ``.pub``."""
-    path = folder / "id_ed25519"
+    path = folder / KEY
     subprocess.run(
         ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "bakehouse", "-f", str(path)],
         stdin=subprocess.DEVNULL, capture_output=True, check=True,
@@ -394,14 +398,19 @@ def boot(
 SCRATCH = "bakehouse-machine-"
 
 
-@contextlib.contextmanager
-def _scratch() -> Iterator[Path]:
-    """Give a folder for disks and seeds, and remove those that killed runs left: seeds may hold secrets."""
+def remove_left() -> None:
+    """Remove the disks and seeds that killed runs left: seeds may hold secrets."""
     for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
         owner = left.name.removeprefix(SCRATCH).partition("-")[0]
         if owner.isdigit() and not Path("/proc", owner).exists():
             # Those of other users are theirs to remove.
             shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """Give a folder for disks and seeds."""
+    remove_left()
     with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-") as name:
         yield Path(name)
 

@@ -81,7 +81,7 @@ class PackageMirror(Chroot):
 
 
 def _free_port() -> int:
-    """Return a free port of the host that it can listen at: it takes none above 32767."""
+    """Return a free port of the host that apt-cacher-ng can listen at: it takes none above 32767."""
     while True:
         port = random.randrange(20000, 32768)  # noqa: S311 - no secret
         with socket.socket() as made, contextlib.suppress(OSError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
 
 OPERATING_SYSTEM = "debian-mmdebstrap"
+CLEANING = ("image-hygiene", "cleanup.d/95-image-hygiene")
+SOURCES = (OPERATING_SYSTEM, "finalise.d/20-apt-sources")
+"""Scripts of elements that every image has, and their elements: what goes out; where packages come from at the end."""
+
 HAND_OVER = "root-folder"
 """The element that gives the finished root to Bakehouse in place of a block device."""
 
@@ -28,6 +33,42 @@ BASE_FILES = ("root.d", "environment.d", "finalise.d/10-package-origins")
 
 RESULT_MODULES = ("build.py", "disk.py", "rootfs.py")
 """Modules of this library whose code can change what is in an image."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server in a cloud on which Packer works, in place of a machine on this host."""
+
+    cloud: str
+    """As in clouds.yaml."""
+    flavor: str
+    network: str = ""
+    """Name or id; empty for the project's only one."""
+    volume_size: int = 0
+    """GiB of the volume that it boots from; 0 for the flavor's own disk."""
+    floating_network: str = ""
+    """Where a floating IP comes from; empty where this host reaches the network."""
+    security_group: str = "default"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The image that Packer boots in place of the base root that diskimage-builder begins with. See packer_bake."""
+
+    name: str
+    """A manifest's, an image's tag, or an address without password."""
+    digest: str
+    """What it is: the image's input digest; of what is at an address, its checksum."""
+    plan: Plan | None = None
+    """Of a manifest's, so that it can be baked where the store has none."""
+    record: Record | None = None
+    """Of one that the store has."""
+    address: str = ""
+    checksum: str = ""
+    """Of what is at the address: ``sha256:`` or ``sha512:`` and its digits."""
+    server: Server | None = None
+    image: str = ""
+    """Of one that a server in a cloud boots: its id in Glance."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +86,8 @@ class Plan:
     inputs: dict[str, str]
     """Everything that can change the result, by name; files by their digest."""
     base_inputs: dict[str, str]
+    origin: Origin | None = None
+    """Of a plan that is baked with Packer."""
 
     @property
     def name(self) -> str:
@@ -59,12 +102,27 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 over the inputs: the same inputs give the same digest."""
-        return _digest(self.inputs)
+        return digest_of(self.inputs)
 
     @property
     def base_key(self) -> str:
         """The name of the base root in the cache: release and 16 digits of its inputs' digest."""
-        return f"{self.manifest.distribution}-{self.manifest.release}-{_digest(self.base_inputs)[:16]}"
+        return f"{self.manifest.distribution}-{self.manifest.release}-{digest_of(self.base_inputs)[:16]}"
+
+    def script(self, element: str, name: str) -> Path:
+        """Return a script of one of its elements."""
+        return next(found.path for found in self.elements if found.name == element) / name
+
+    def sources(self, components: Sequence[str] = ()) -> list[str]:
+        """Return where packages come from while it is built, as lines of apt's sources.list.
+
+        Args:
+            components: of the archive; the manifest's by default.
+        """
+        image = self.manifest
+        return source_lines(
+            self.mirrors, str(image.release), components or image.components, expired=image.snapshot is not None
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain data, for ``--json`` and for other builders."""
@@ -73,7 +131,8 @@ class Plan:
             "platform": self.manifest.platform,
             "extends": list(self.resolved.chain[:-1]),
             "digest": self.digest,
-            "base": self.base_key,
+            "builder": "packer" if self.origin else "dib",
+            "base": self.origin.name if self.origin else self.base_key,
             "manifest": self.manifest.model_dump(mode="json", exclude={"extends"}),
             "elements": [{"name": e.name, "path": str(e.path), "built_in": e.built_in} for e in self.elements],
             "packages": [{"name": p.name, "element": p.element, "phase": p.phase} for p in self.packages],
@@ -81,6 +140,24 @@ class Plan:
             "mirrors": [without_credentials(mirror) for mirror in self.mirrors],
             "inputs": self.inputs,
         }
+
+
+def source_lines(
+    mirrors: tuple[str, str], release: str, components: Sequence[str], *, expired: bool = False
+) -> list[str]:
+    """Return where packages come from, as lines of apt's sources.list(5).
+
+    Args:
+        mirrors: the archive and the security archive.
+        release: such as trixie.
+        components: of the archive.
+        expired: the indexes are those of a snapshot, which have run out long ago; their signatures still count.
+    """
+    archive, security = mirrors
+    kind = "deb [check-valid-until=no]" if expired else "deb"
+    suites = {release: archive, f"{release}-updates": archive, f"{release}-security": security}
+    words = " ".join(components)
+    return [f"{kind} {mirror} {suite} {words}" for suite, mirror in suites.items()]
 
 
 @dataclass(frozen=True)
@@ -225,7 +302,8 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def _digest(inputs: dict[str, str]) -> str:
+def digest_of(inputs: dict[str, str]) -> str:
+    """Return the SHA-256 over inputs by name, whatever their order."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
@@ -250,13 +328,22 @@ def decide(plan: Plan, store: LocalStore, cache: BaseCache, *, refresh: bool = F
         return Decision(None, base, ("--refresh: the base root is renewed",))
     if force:
         return Decision(None, base, ("--force",))
-    if same and base and same.base.key == base.key and same.base.sha256 != base.sha256:
-        return Decision(None, base, (f"the base root was renewed on {base.created:%Y-%m-%d %H:%M} UTC",))
     if same:
-        return Decision(same, base, ())
+        renewed = _renewed(plan, same, base)
+        return Decision(None if renewed else same, base, renewed)
     if newest is None:
         return Decision(None, base, ("there is no image of it yet",))
     return Decision(None, base, (f"since {newest.tag}:", *difference(newest.inputs, plan.inputs)))
+
+
+def _renewed(plan: Plan, image: Record, base: BaseRoot | None) -> tuple[str, ...]:
+    """Say whether what an image was made of has been renewed since."""
+    booted = plan.origin.record if plan.origin else None
+    if booted and booted.tag != image.base.key:
+        return (f"its base image is now {booted.tag}, not {image.base.key}",)
+    if base and image.base.key == base.key and image.base.sha256 != base.sha256:
+        return (f"the base root was renewed on {base.created:%Y-%m-%d %H:%M} UTC",)
+    return ()
 
 
 def difference(old: dict[str, str], new: dict[str, str]) -> list[str]:
@@ -279,10 +366,15 @@ def difference(old: dict[str, str], new: dict[str, str]) -> list[str]:
 
 def new_tag(digest: str, store: LocalStore, now: datetime.datetime) -> str:
     """Return the tag for a build that starts now: the UTC date and 7 digits, ``.2`` and on where that is taken."""
+    return first_free_tag(digest, now, store.taken)
+
+
+def first_free_tag(digest: str, now: datetime.datetime, taken: Callable[[str], bool]) -> str:
+    """Return the first tag of a digest and a day that is not taken. See new_tag()."""
     first = f"{now.astimezone(datetime.UTC):%Y%m%d}-{digest[:7]}"
     number = 1
     tag = first
-    while store.folder(tag).exists():
+    while taken(tag):
         number += 1
         tag = f"{first}.{number}"
     return tag

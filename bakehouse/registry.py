@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from bakehouse.chroot import Chroot
 from bakehouse.network import GATEWAY, Network
 
@@ -13,16 +15,18 @@ LOADED = "/usr/share/bakehouse/container-images"
 """Names of the images in the store of an image's containerd. The element kubernetes-node writes it."""
 
 PUSH_SECONDS = 600
-CONFIG = f"""\
-version: 0.1
-log: {{level: info}}
-storage:
-  filesystem: {{rootdirectory: /var/lib/registry}}
-http: {{addr: ":{PORT}"}}
-"""
-"""As the registry's "Configuration reference" has it. It asks nobody for a password: its network leads nowhere."""
-
 STORE = 'version = 2\ndisabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
+
+
+def configuration(storage: str, address: str) -> str:
+    """Return docker-registry's configuration, as its "Configuration reference" has it. It asks for no password.
+
+    Args:
+        storage: the folder of its blobs.
+        address: where it listens, such as 127.0.0.1:5000 or :5000.
+    """
+    storages = {"filesystem": {"rootdirectory": storage}, "delete": {"enabled": True}}
+    return yaml.safe_dump({"version": 0.1, "log": {"level": "info"}, "storage": storages, "http": {"addr": address}})
 
 
 class Registry(Chroot):
@@ -49,7 +53,8 @@ class Registry(Chroot):
         """
         self.make(image_root)
         self.install(release, mirrors, "docker-registry")
-        self.write("etc/bakehouse-registry.yml", CONFIG)
+        # Its network leads nowhere.
+        self.write("etc/bakehouse-registry.yml", configuration("/var/lib/registry", f":{PORT}"))
 
     def start(self) -> None:
         """Start it and wait until it answers.

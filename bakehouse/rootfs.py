@@ -84,9 +84,15 @@ fi
 """
 
 
-def faults(root: Path) -> list[str]:
-    """Return what must not be in an image but is, a sentence each. See docs/image-authors.md."""
-    return [*_identity_faults(root), *_builder_faults(root), *_remnants(root), *_boot_faults(root)]
+def faults(root: Path, *, boots: bool = True) -> list[str]:
+    """Return what must not be in an image but is, a sentence each. See docs/image-authors.md.
+
+    Args:
+        root: the root filesystem.
+        boots: it must be able to; that of a container need not.
+    """
+    found = [*_identity_faults(root), *_builder_faults(root), *_remnants(root)]
+    return [*found, *_boot_faults(root)] if boots else found
 
 
 def _identity_faults(root: Path) -> Iterator[str]:
@@ -96,7 +102,8 @@ def _identity_faults(root: Path) -> Iterator[str]:
     if not machine_id.is_file() or machine_id.read_text().strip() not in {"", "uninitialized"}:
         yield "/etc/machine-id is not empty; every node would have the same one"
     for name in ("etc/munge/munge.key", "etc/slurm/slurm.key", "etc/slurm/jwt_hs256.key", "etc/hostname"):
-        if (root / name).exists():
+        # An empty one is where a container runtime mounts its own.
+        if (root / name).is_file() and (root / name).stat().st_size:
             yield f"/{name} belongs to one cluster or node, not to an image"
     if (root / "var/lib/cloud/instance").is_symlink() or list(root.glob("var/lib/cloud/instances/*")):
         yield "/var/lib/cloud holds data of an instance; cloud-init would not run"
@@ -190,17 +197,19 @@ def main() -> int:
     """Seal, check and list a root; print what is wrong with it."""
     parser = argparse.ArgumentParser()
     parser.add_argument("root", type=Path)
-    parser.add_argument("specification", type=Path, help="JSON: the arguments of seal()")
     parser.add_argument("report", type=Path, help="where to write packages and kernel version")
+    parser.add_argument("--seal", type=Path, metavar="FILE", help="JSON: the arguments of seal(); none for a container")
     arguments = parser.parse_args()
-    wrong = faults(arguments.root)
+    wrong = faults(arguments.root, boots=bool(arguments.seal))
     for fault in wrong:
         print(f"hygiene: {fault}")
     if wrong:
         return 1
-    report = {"packages": packages(arguments.root), "kernel": kernel_version(arguments.root)}
-    _forget_origins(arguments.root)
-    seal(arguments.root, **json.loads(arguments.specification.read_text()))
+    report: dict[str, object] = {"packages": packages(arguments.root)}
+    if arguments.seal:
+        report["kernel"] = kernel_version(arguments.root)
+        _forget_origins(arguments.root)
+        seal(arguments.root, **json.loads(arguments.seal.read_text()))
     arguments.report.write_text(json.dumps(report))
     return 0
 

@@ -123,8 +123,20 @@ class CommandError(BakehouseError):
         self.status = status
 
 
-def run(command: Sequence[str | Path], log: Log, *, environment: Mapping[str, str] | None = None) -> None:
+def run(
+    command: Sequence[str | Path],
+    log: Log,
+    *,
+    environment: Mapping[str, str] | None = None,
+    stop_seconds: float = STOP_SECONDS,
+) -> None:
     """Run a program, its output going to the log.
+
+    Args:
+        command: the program and its arguments.
+        log: takes its output.
+        environment: its variables; ours by default.
+        stop_seconds: how long it has to end after SIGTERM, where we are ended.
 
     Raises:
         CommandError: it failed; the error holds the last lines that it wrote.
@@ -132,7 +144,8 @@ def run(command: Sequence[str | Path], log: Log, *, environment: Mapping[str, st
     words = [str(word) for word in command]
     log.write(f"$ {shlex.join(words)}")
     count = 0
-    with _started(words, dict(environment) if environment is not None else None, subprocess.DEVNULL) as process:
+    variables = dict(environment) if environment is not None else None
+    with _started(words, variables, subprocess.DEVNULL, stop_seconds) as process:
         assert process.stdout is not None
         for line in process.stdout:
             count += 1
@@ -288,7 +301,9 @@ def remove_tree(path: Path) -> None:
 
 
 @contextmanager
-def _started(command: Sequence[str], environment: dict[str, str] | None, stdin: int) -> Iterator[subprocess.Popen[str]]:
+def _started(
+    command: Sequence[str], environment: dict[str, str] | None, stdin: int, stop_seconds: float = STOP_SECONDS
+) -> Iterator[subprocess.Popen[str]]:
     """Start a program; it has ended when the block has."""
     try:
         process = subprocess.Popen(
@@ -307,21 +322,21 @@ def _started(command: Sequence[str], environment: dict[str, str] | None, stdin: 
         yield process
     finally:
         if process.poll() is None:
-            _stop(process)
+            _stop(process, stop_seconds)
         for pipe in (process.stdin, process.stdout):
             if pipe:
                 with suppress(BrokenPipeError):
                     pipe.close()
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+def _stop(process: subprocess.Popen[str], seconds: float) -> None:
     """End a program: by closing its standard input where it is isolated, by signals otherwise."""
     if process.stdin:
         process.stdin.close()
     else:
         _signal(process, signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_SECONDS)
+        process.wait(seconds)
     # Also those of its children that did not care for SIGTERM.
     _signal(process, signal.SIGKILL)
     process.wait()

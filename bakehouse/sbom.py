@@ -44,6 +44,8 @@ class Package:
     """The archive that it came from, such as ``Debian-Security trixie-security/main``; empty where nobody noted it."""
     size: int = 0
     """Bytes that its files take, as the package says; 0 where nobody noted it."""
+    source_version: str = ""
+    """Version of the source package: that of the package itself, but for what was only built again."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def _package(row: Mapping[str, Any]) -> Package:
         source=properties.get("bakehouse:source", ""),
         origin=properties.get(ORIGIN, ""),
         size=int(properties.get(SIZE, 0)),
+        source_version=properties.get("bakehouse:source-version", ""),
     )
 
 
@@ -173,13 +176,13 @@ def _kind(before: Package | None, after: Package | None) -> Kind | None:
     if before is None or after is None:
         return "added" if before is None else "removed"
     if before.version != after.version:
-        return "upgraded" if _is_older(before.version, after.version) else "downgraded"
+        return "upgraded" if is_older(before.version, after.version) else "downgraded"
     # Images that were baked before origins were noted have none.
     if before.origin and after.origin and before.origin != after.origin:
         return "moved"
     return None
 
 
-def _is_older(one: str, other: str) -> bool:
+def is_older(one: str, other: str) -> bool:
     """Say whether a version comes before another, by Debian's order (deb-version(7))."""
     return subprocess.run(["dpkg", "--compare-versions", one, "lt", other], check=False).returncode == 0

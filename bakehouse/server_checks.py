@@ -131,7 +131,7 @@ def check(cloud: Cloud, wanted: Wanted, count: int) -> Checked:
         wanted=wanted,
         image=image,
         flavor=flavor["id"],
-        networks=_networks(cloud, wanted.networks, networks),
+        networks=choose_networks(cloud, wanted.networks, networks),
         security_groups=_security_groups(cloud, wanted.security_groups),
         group="" if policy or not wanted.group else _group(cloud, wanted.group),
         policy=policy,
@@ -235,7 +235,17 @@ def _check_volume_type(cloud: Cloud, volume: Volume | None) -> None:
         _one(volume.kind, answer.json()["volume_types"], "volume type", cloud)
 
 
-def _networks(cloud: Cloud, wanted: Sequence[str], there: list[dict[str, Any]]) -> tuple[str, ...]:
+def choose_networks(cloud: Cloud, wanted: Sequence[str], there: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the ids of networks.
+
+    Args:
+        cloud: the cloud.
+        wanted: their names or ids; with none, the only one that does not lead outside.
+        there: all networks.
+
+    Raises:
+        BakehouseError: one is not there, or none was named and there is not just one.
+    """
     if wanted:
         return tuple(_one(name, there, "network", cloud)["id"] for name in wanted)
     inner = [one for one in there if not one.get("router:external")]

@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
 from platformdirs import user_cache_path, user_data_path
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from bakehouse import REPOSITORY, yamlfile
 from bakehouse.errors import BakehouseError
@@ -32,6 +32,12 @@ def _url(value: str) -> str:
 def _url_of_nodes(value: str) -> str:
     if "@" in urlsplit(value).netloc:
         raise ValueError("must not hold a password: it would be in every image or its record")
+    return _url(value)
+
+
+def _url_without_password(value: str) -> str:
+    if "@" in urlsplit(value).netloc:
+        raise ValueError("must not hold a password: webhook_token_file names a file with the token")
     return _url(value)
 
 
@@ -56,10 +62,70 @@ def _packages(value: str) -> str:
     return str(Path(value).expanduser().absolute())
 
 
+def registry_address(value: str) -> str:
+    """Check what names of images may begin with; none at all is as good.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    # The OCI distribution specification's names of repositories may follow.
+    if not re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\])(:[0-9]+)?(/[a-z0-9._-]+)*|", value):
+        raise ValueError("must be HOST, HOST:PORT or HOST:PORT/PATH, without http://")
+    return value
+
+
 Url = Annotated[str, AfterValidator(_url)]
 Packages = Annotated[str, AfterValidator(_packages)]
+SecretlessUrl = Annotated[str, AfterValidator(_url_without_password)]
 NodeUrl = Annotated[str, AfterValidator(_url_of_nodes)]
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
+class Promotion(BaseModel):
+    """When a night moves a channel such as stable to an image."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    channel: str = Field(default="stable", description="The channel that is moved.")
+    soak_nights: int = Field(default=3, ge=0, description="Nights that an image has to have been a candidate before.")
+    max_changed_packages: int | None = Field(
+        default=None, ge=0, description="The most packages that may differ from the image that the channel points to."
+    )
+    max_growth_percent: float | None = Field(
+        default=None, ge=0, description="By how much the image file may be larger than that of the image before."
+    )
+    cve_feed: Folder | None = Field(
+        default=None,
+        description="A local copy of the Debian security tracker's JSON; open CVEs in it hold an image back.",
+    )
+    cve_urgencies: list[str] = Field(default=["high"], description="The tracker's urgencies that hold an image back.")
+
+
+class Nightly(BaseModel):
+    """What `invoke nightly` does. docs/nightly.md explains each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    images: list[str] = Field(default=[], description="Manifests that are rebuilt; all by default.")
+    promote: Promotion | None = Field(default=None, description="When images are promoted beyond candidate.")
+    keep: int = Field(default=7, ge=0, description="Images of each manifest that are kept; 0 prunes nothing.")
+    locks: list[Folder] = Field(default=[], description="Lock files whose pinned images are kept.")
+    attempts: int = Field(default=2, ge=1, description="How often a bake or a look at the mirror is tried.")
+    pause_seconds: float = Field(default=60, ge=0, description="Between attempts.")
+    patience_minutes: float = Field(default=30, ge=0, description="How long a cloud that is away is waited for.")
+    slower_percent: float = Field(
+        default=50, gt=0, description="By how much a boot may be slower than the median of ten nights, unsaid."
+    )
+    metrics: Folder | None = Field(
+        default=None, description="File for node_exporter's textfile collector, such as .../bakehouse.prom."
+    )
+    sbatch: list[str] = Field(default=[], description="Options for sbatch, for `--executor slurm`.")
+
+    @model_validator(mode="after")
+    def _keeps_what_soaks(self) -> Self:
+        if self.promote and 0 < self.keep <= self.promote.soak_nights:
+            raise ValueError("keep must be more than promote.soak_nights, or images go before they have soaked")
+        return self
 
 
 class Settings(BaseModel):
@@ -150,6 +216,25 @@ class Settings(BaseModel):
     rollback_steps: int = Field(
         default=3, ge=1, description="How many images a channel can be rolled back by; `invoke prune` keeps so many."
     )
+    registry: Annotated[str, AfterValidator(registry_address)] = Field(
+        default="",
+        description="The container registry of the hybrid path, HOST[:PORT][/PATH]. Default: the one of `registry.up`, "
+        "where it runs.",
+    )
+    registry_insecure: bool = Field(
+        default=False, description="The registry speaks plain HTTP, or HTTPS with a certificate that nobody checks."
+    )
+    nights: Folder = Field(
+        default_factory=lambda: user_data_path("bakehouse") / "nights",
+        description="The folder that holds what nights came to.",
+    )
+    nightly: Nightly = Field(default=Nightly(), description="What `invoke nightly` does.")
+    webhook: SecretlessUrl | None = Field(
+        default=None, description="Address that the summary of a night is sent to as JSON."
+    )
+    webhook_token_file: Folder | None = Field(
+        default=None, description="File with the token that it is sent with: Authorization: Bearer."
+    )
     cache_limit_gib: float = Field(default=20, gt=0, description="What `invoke cache.prune` shrinks the cache to, GiB.")
 
     def mirrors(self, snapshot: str | None = None) -> tuple[str, str]:
@@ -193,10 +278,15 @@ def load(environment: Mapping[str, str] = os.environ, start: Path | None = None)
     return yamlfile.check(Settings, _Given(document.path, data, document.lines, frozenset(given)))
 
 
-_FOLDERS = {"store", "cache", "broker", "signing_key", "kubernetes_images"}
+_FOLDERS = {
+    "store", "cache", "broker", "signing_key", "kubernetes_images", "nights", "cve_feed", "metrics",
+    "webhook_token_file",
+}  # fmt: skip
 _ADDRESSES_OR_FOLDERS = {"kubernetes_packages", "kubernetes_binaries"}
-_LISTS = {"manifests", "elements", "image_tests", "trusted_keys"}
-_MAPPINGS = {"image_properties"}
+_LISTS = {"manifests", "elements", "image_tests", "trusted_keys", "locks"}
+_MAPPINGS = {"image_properties", "nightly"}
+_NESTED = {"nightly", "promote"}
+"""Mappings with paths in them."""
 
 
 def _of_variable(name: str, value: str) -> Any:
@@ -232,6 +322,8 @@ def _absolute(name: str, value: Any, folder: Path) -> Any:
         return str(folder / Path(value).expanduser())
     if name in _LISTS and isinstance(value, list):
         return [str(folder / Path(str(item)).expanduser()) for item in value]
+    if name in _NESTED and isinstance(value, dict):
+        return {key: _absolute(key, item, folder) for key, item in value.items()}
     return value
 
 

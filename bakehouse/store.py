@@ -6,15 +6,16 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bakehouse import lock
+from bakehouse import lock, sbom
 from bakehouse import record as records
 from bakehouse.cache import write_atomically
 from bakehouse.errors import BakehouseError
 from bakehouse.record import Record
+from bakehouse.sbom import Package
 
 INCOMING = ".incoming-"
 """Prefix of folders that are being filled; they are not images yet."""
@@ -107,6 +108,43 @@ class LocalStore:
             state = "is gone" if size is None else f"has {size} bytes in place of {files[0].size}"
             raise BakehouseError(f"{path} {state}", hint=f"`invoke images.remove {record.tag}` and bake again")
         return path
+
+    def bill(self, record: Record) -> dict[str, Package]:
+        """Return the packages of an image, see sbom.read().
+
+        Raises:
+            BakehouseError: its SBOM is gone or damaged.
+        """
+        return sbom.read(self.folder(record.tag) / record.sbom)
+
+    def taken(self, tag: str) -> bool:
+        """Say whether a tag has been used: by an image, though it may be gone, or by a bake that is going on."""
+        return self.folder(tag).exists() or self._claim(tag).exists()
+
+    def _claim(self, tag: str) -> Path:
+        return self.root / ".locks" / "tags" / tag
+
+    @contextmanager
+    def claiming(self, choose: Callable[[], str]) -> Iterator[str]:
+        """Claim a tag that nobody else has, once and for all; it is given back where no image of it comes to be.
+
+        Args:
+            choose: returns a tag that is not taken at that moment.
+        """
+        while True:
+            tag = choose()
+            claim = self._claim(tag)
+            claim.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                claim.touch(exist_ok=False)
+                break
+            except FileExistsError:
+                continue
+        try:
+            yield tag
+        finally:
+            if not self.folder(tag).exists():
+                claim.unlink(missing_ok=True)
 
     @contextmanager
     def adding(self, name: str, tag: str) -> Iterator[Path]:

@@ -51,8 +51,9 @@ UNITS = (
 )
 
 STATUS_FILE = "/run/bakehouse/status.json"
-BOOTSTRAP_FILE = "/run/bakehouse/bootstrap.timeline"
-"""Lines of bootstrap/ansible/bakehouse-bootstrap: a time and a word."""
+PREPARATIONS = ("bootstrap", "containers")
+"""What makes a plain node one of the platform before it joins: the other paths than bake. Each writes a file of lines
+of a time and a word: /run/bakehouse/NAME.timeline."""
 
 # The kernel's log is only for root (kernel.dmesg_restrict), and the default user may use sudo. /proc/uptime comes last:
 # the reply's arrival is then close to it.
@@ -67,8 +68,7 @@ GUEST_COMMAND = "; ".join(
         "echo --- status",
         f"cat {STATUS_FILE} 2>/dev/null",
         "echo",
-        "echo --- bootstrap",
-        f"cat {BOOTSTRAP_FILE} 2>/dev/null",
+        *(f"echo --- {name}; cat /run/bakehouse/{name}.timeline 2>/dev/null" for name in PREPARATIONS),
         "echo --- uptime",
         "cat /proc/uptime",
     ]
@@ -85,7 +85,7 @@ under emulation on a busy host for some more."""
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[()][0-9A-B]|[\x00-\x08\x0b-\x1f]")
 _STAMP = re.compile(r"\[ *(\d{1,9}\.\d{6})\]")
 _AGENT = re.compile(r"bakehouse-agent: (\d{1,9}\.\d{3}) (\w+)")
-_BOOTSTRAP = re.compile(r"(\d{1,9}\.\d{2,3}) ([a-z]+)")
+_PREPARATION = re.compile(r"(\d{1,9}\.\d{2,3}) ([a-z]+)")
 _UNIT_LINE = re.compile(r"(\w+)=(.*)")
 _NUMBER = re.compile(r"[0-9]{1,20}")
 _INIT = re.compile(r"\[ *(\d{1,9}\.\d{6})\].* Run /init as init process")
@@ -126,8 +126,8 @@ class Moment(_Part):
     seconds: float
     """Since power-on."""
     source: str
-    """Where it was read: host, console, kernel (its log), systemd, agent (its status file), bootstrap (its file) or
-    ssh."""
+    """Where it was read: host, console, kernel (its log), systemd, agent (its status file), a preparation (its file)
+    or ssh."""
 
 
 class Timeline(_Part):
@@ -174,8 +174,8 @@ class GuestFacts:
     """When the kernel started /init of the initramfs."""
     agent: tuple[tuple[str, float], ...] = ()
     """The agent's phases."""
-    bootstrap: tuple[tuple[str, float], ...] = ()
-    """What a bootstrap had done."""
+    preparation: tuple[tuple[str, str, float], ...] = ()
+    """What a preparation had done, and which one."""
     uptime: float | None = None
     """When these facts were read."""
 
@@ -196,10 +196,11 @@ class GuestFacts:
             units=tuple(_units(sections.get("units", []))),
             init=float(found[1]) if (found := _INIT.search(kernel)) else None,
             agent=_status_phases("\n".join(sections.get("status", []))),
-            bootstrap=tuple(
-                (found[2], float(found[1]))
-                for line in sections.get("bootstrap", [])
-                if (found := _BOOTSTRAP.fullmatch(line.strip()))
+            preparation=tuple(
+                (name, found[2], float(found[1]))
+                for name in PREPARATIONS
+                for line in sections.get(name, [])
+                if (found := _PREPARATION.fullmatch(line.strip()))
             ),
             uptime=float(up[1]) if up else None,
         )
@@ -423,8 +424,8 @@ def _guest_moments(heard: Sequence[_Heard], guest: GuestFacts) -> Iterator[_Foun
     yield "sshd", guest.up("ssh.service"), "systemd"
     yield "munge", guest.up("munge.service"), "systemd"
     yield "slurmd", guest.up("slurmd.service"), "systemd"
-    for name, at in guest.bootstrap:
-        yield f"bootstrap {name}", at, "bootstrap"
+    for name, what, at in guest.preparation:
+        yield f"{name} {what}", at, name
     yield "agent launched", guest.began("bakehouse-agent.service"), "systemd"
     yield from _agent(heard, guest)
     yield "getty", guest.began("serial-getty@ttyS0.service"), "systemd"
@@ -489,7 +490,7 @@ def spans(timeline: Timeline) -> list[Span]:
             for stage in _CLOUD_INIT_STAGES.values()
         ),
         ("network", timeline.seconds("networkd"), timeline.seconds("network online")),
-        *_pairs_of(timeline, "bootstrap"),
+        *(pair for name in PREPARATIONS for pair in _pairs_of(timeline, name)),
         *_pairs_of(timeline, "agent"),
         ("first job", timeline.seconds(JOINED), timeline.seconds(FIRST_JOB)),
     ]
@@ -498,7 +499,7 @@ def spans(timeline: Timeline) -> list[Span]:
 
 
 def _pairs_of(timeline: Timeline, who: str) -> Iterator[tuple[str, float, float]]:
-    """Yield the phases of the agent or the bootstrap, each named after the moment that ends it."""
+    """Yield the phases of the agent or a preparation, each named after the moment that ends it."""
     moments = [moment for moment in timeline.moments if moment.name.startswith(f"{who} ")]
     for before, after in itertools.pairwise(moments):
         yield f"{who}: {after.name.removeprefix(f'{who} ')}", before.seconds, after.seconds

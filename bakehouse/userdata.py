@@ -23,6 +23,11 @@ from bakehouse.errors import BakehouseError
 TEMPLATES = REPOSITORY / "bootstrap" / "cloud-init"
 PLAY = REPOSITORY / "bootstrap" / "ansible"
 
+BASES = {"bootstrap": "base", "hybrid": "hybrid"}
+"""Paths that set nodes up at boot, and the manifests whose images they boot. A bake boots the platform's own."""
+
+PATHS = ("bake", *BASES)
+
 LIMIT = 16 * 1024
 """Bytes. OpenStack takes 64 KiB of base64, other clouds 16 KiB."""
 
@@ -51,6 +56,8 @@ MOST_CONTROLLERS = 8
 MOST_FEATURES = 64
 MOST_DEVICES = 64
 HIGHEST_NUMBER = 2**31
+IMAGE_REFERENCE = rf"{HOST}(?::[0-9]{{1,5}})?(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)+@sha256:[0-9a-f]{{64}}"
+"""Of a container image, with its registry and its digest (OCI distribution specification, "Pulling manifests")."""
 TOKEN = r"bhj_[A-Za-z0-9_-]{43}"  # noqa: S105 -- its form
 """The broker's tokens: 256 bits after a prefix that secret scanners can look for."""
 CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----[\sA-Za-z0-9+/=]+-----END CERTIFICATE-----")
@@ -105,6 +112,32 @@ class Bundle:
 
 
 @dataclass(frozen=True)
+class ContainerImage:
+    """What a platform's containers are started from at boot.
+
+    Raises:
+        BakehouseError: a value is not of its form.
+    """
+
+    reference: str
+    """REGISTRY/NAME@sha256:DIGEST: nothing else is started."""
+    insecure: bool = False
+    """Whether its registry may be asked over plain HTTP, or with a certificate that nobody knows."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(IMAGE_REFERENCE, self.reference):
+            raise BakehouseError(
+                f"{self.reference!r} is not a container image by its digest",
+                hint="REGISTRY/NAME@sha256:DIGEST, as `invoke container.push` prints it; a tag may move",
+            )
+
+    @property
+    def registry(self) -> str:
+        """HOST or HOST:PORT."""
+        return self.reference.partition("/")[0]
+
+
+@dataclass(frozen=True)
 class Join:
     """How a node joins a cluster.
 
@@ -129,6 +162,8 @@ class Join:
     """Public keys that may log in as the image's default user."""
     bundle: Bundle | None = None
     """For the path bootstrap: what makes a plain node one of the platform."""
+    image: ContainerImage | None = None
+    """For the path hybrid: what a plain node with a container runtime starts."""
     roce: str = ""
     """The text of roce.yaml, for a node with RDMA devices."""
 
@@ -138,7 +173,7 @@ class Join:
         return "slurm"
 
     def __post_init__(self) -> None:
-        _check_path(self.path, self.bundle)
+        _check_path(self.path, self.bundle, self.image)
         roce.check(self.roce)
         if self.authentication not in KEY_NAMES:
             raise BakehouseError(f"{self.authentication!r} is no way to authenticate", hint="munge or slurm")
@@ -423,15 +458,19 @@ def schema_check(prefix: Sequence[str], text: str, timeout: float = 300) -> None
         raise BakehouseError("cloud-init does not take the user-data", log=said[-2000:])
 
 
-def _check_path(path: str, bundle: Bundle | None) -> None:
-    if path not in {"bake", "bootstrap"}:
-        raise BakehouseError(f"user-data for the path {path!r} comes later", hint="there are: bake, bootstrap")
-    if path == "bootstrap" and bundle is None:
-        raise BakehouseError(
-            "the path bootstrap needs a bundle", hint="make one with: invoke bootstrap.bundle --platform slurm"
-        )
-    if path != "bootstrap" and bundle is not None:
-        raise BakehouseError(f"the path {path} takes no bundle: the image has all of it", hint="--path bootstrap")
+def _check_path(path: str, bundle: Bundle | None, image: ContainerImage | None = None) -> None:
+    if path not in PATHS:
+        raise BakehouseError(f"{path!r} is no path", hint=f"one of {', '.join(PATHS)}")
+    for taker, what, given, maker in (
+        ("bootstrap", "bundle", bundle, "bootstrap.bundle"),
+        ("hybrid", "container image", image, "container.push"),
+    ):
+        if path == taker and given is None:
+            raise BakehouseError(
+                f"the path {path} needs a {what}", hint=f"make one with: invoke {maker} --platform slurm"
+            )
+        if path != taker and given is not None:
+            raise BakehouseError(f"the path {path} takes no {what}", hint=f"--path {taker} does")
 
 
 def _check_node(name: str) -> None:

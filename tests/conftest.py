@@ -36,6 +36,22 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONGEST = ("join", "roce", "packer", "kubernetes", "ironic", "boot", "bootstrap", "hybrid", "local_launch", "bake")
+"""Files of tests that boot machines or bake much, the longest first: no worker is left with one of them at the end."""
+
+
+LASTING = frozenset((REPOSITORY / "tests" / "unit" / "lasting.txt").read_text().splitlines()[1:])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, and mark the unit tests that take their time."""
+    for item in items:
+        if f"{item.path.name}::{item.name.partition('[')[0]}" in LASTING:
+            item.add_marker("lasting")
+    order = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)) if "integration" in item.path.parts else 99)
+
+
 @pytest.fixture(autouse=True)
 def usual_umask() -> Iterator[None]:
     """Give each test the umask that people have: the join agent, which tests run in this process too, changes it."""

@@ -37,6 +37,9 @@ class FakeCloud(Cloud):
         self.may_see_all_servers = True
         self.time = NOW
 
+    def __exit__(self, *_: object) -> None:
+        """It has no connection to close."""
+
     @property
     def clock(self) -> datetime.datetime:
         return self.time

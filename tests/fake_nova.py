@@ -96,7 +96,7 @@ class FakeNova:
             {"id": "2", "name": "tiny", "ram": 128, "vcpus": 1, "disk": 1},
         ]
         self.networks = [
-            {"id": new(), "name": "cluster", "router:external": False, "project_id": project},
+            {"id": new(), "name": "cluster", "router:external": False, "project_id": project, "subnets": [new()]},
             {"id": new(), "name": "public", "router:external": True, "project_id": "admin"},
         ]
         self.security_groups = [
@@ -475,6 +475,8 @@ class FakeNova:
                 return (200, {"network": found}) if found else (404, {"NeutronError": {"message": "no such network"}})
             case ("GET", "extensions"):
                 return 200, {"extensions": []}
+            case ("GET", "quotas", _):
+                return 200, {"quota": {"port": -1}}
             case ("GET", "security-groups"):
                 return 200, {"security_groups": self.security_groups}
             case ("GET", "ports"):

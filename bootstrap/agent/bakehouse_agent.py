@@ -50,6 +50,7 @@ CLOUD_COPIES = (ROOT + "/var/lib/cloud", ROOT + "/run/cloud-init")
 CLOUD_LOGS = (ROOT + "/var/log/cloud-init.log", ROOT + "/var/log/cloud-init-output.log")
 SLURM_CONF = ROOT + "/run/slurm/conf/slurm.conf"  # what slurmd got from the controller
 MUNGE_LOG = ROOT + "/var/log/munge/munged.log"
+CONTAINERS = ROOT + "/etc/bakehouse/containers.env"  # where the platform's programs come as containers
 SYNCHRONISED = ROOT + "/run/systemd/timesync/synchronized"  # made by systemd-timesyncd
 
 DONE, NOT_YET, INVALID, REFUSED, NEVER_RAN = 0, 1, 2, 3, 4  # exit statuses
@@ -58,6 +59,7 @@ FOREVER = float("inf")
 # Seconds.
 CLOUD_INIT_LIMIT = 120.0  # since the kernel started; after that the host name has to do
 SETTLING = 3.0  # for which a host name must stay the same
+MUNGE_LIMIT = 20.0  # for munge's start: a container takes some seconds under emulation
 QUIET = 3.0  # after slurmd's start within which nothing is wrong yet
 FRESH = 60.0  # seconds after its start in which slurmd may still be about to register
 BEING_WRITTEN = 2.0  # within which a configuration that is wrong may become right
@@ -142,6 +144,8 @@ def own(place: int | str, name: str) -> None:
     try:
         user = pwd.getpwnam(name)
     except KeyError:
+        if os.path.exists(CONTAINERS):
+            return  # users come with the containers: see must_have_containers()
         raise Wait(f"there is no user {name} on this node", f"is {name} installed?") from None
     os.chown(place, user.pw_uid, user.pw_gid)
 
@@ -1020,7 +1024,7 @@ class Slurm:
         self.config, self.node = config, node
         self.munge = config.authentication == "munge"
         self.controllers = ",".join(written(*address) for address in config.controllers)
-        self.restarted = float("-inf")
+        self.restarted = self.munge_restarted = float("-inf")
 
     def environment_file(self) -> bytes:
         """Return what slurmd's unit reads. Each value reaches slurmd as one word (systemd.service(5), ${...})."""
@@ -1053,10 +1057,13 @@ class Slurm:
     def start_munge(self) -> None:
         """Start munge, once its key is there; again if the key has changed since."""
         key = signature(self.config.key_file)
-        if not self.munge or (munge_runs() and noted("munge-key") == key):
+        unchanged = noted("munge-key") == key
+        if not self.munge or (munge_runs() and unchanged):
             return
-        note("munge-key", key)
-        run("systemctl", "restart", "--no-block", "munge.service")
+        if not unchanged or monotonic() - self.munge_restarted > MUNGE_LIMIT:
+            self.munge_restarted = monotonic()
+            note("munge-key", key)
+            run("systemctl", "restart", "--no-block", "munge.service")
         for _ in range(100):
             time.sleep(0.02)
             if munge_runs():
@@ -1191,6 +1198,18 @@ class Slurm:
             raise Wait("the controller to reach this node", "does port 6818 of this node (slurmd) let it in?")
         if not shown.words & {"IDLE", "MIXED", "ALLOCATED", "COMPLETING"}:
             raise Wait(f"registered, but {shown.state}")
+
+
+def must_have_containers(config: Config) -> None:
+    """Return when the units of the platform's containers are there, on a node that has it in such."""
+    if not os.path.exists(CONTAINERS):
+        return
+    said = noted("containers").strip()
+    if said != "ready":
+        wait = Wait(said or "bakehouse-containers to start", "journalctl -u bakehouse-containers")
+        wait.pace = 1.0
+        raise wait
+    store_key(config, read(config.key_file))  # its owner may have come with the containers
 
 
 def munge_runs() -> bool:
@@ -1802,6 +1821,7 @@ class Join:
 
     def start(self, slurm: Slurm) -> None:
         """Start what Slurm needs and wait for the controller's word."""
+        must_have_containers(slurm.config)
         slurm.start_munge()
         slurm.start(self.data["address"])
         self.status.moment("services", "munge slurmd" if slurm.munge else "slurmd")
@@ -2155,7 +2175,7 @@ def main(arguments: list[str]) -> int:
     """Run one command and return the exit status."""
     os.umask(0o077)
     if not ROOT:
-        os.environ["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"
+        os.environ["PATH"] = "/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
     try:
         if arguments == ["join", "--boot"]:  # how the unit starts it: argparse would take longer than the rest
             return join(boot=True)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,17 +19,9 @@ from bakehouse.errors import BakehouseError
 from bakehouse.record import Record
 from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
-from tests.integration.conftest import bake
+from tests.integration.conftest import bake, kill_while_its_script_waits, leftovers, write_script
 
 pytestmark = pytest.mark.slow
-
-
-def leftovers(settings: Settings) -> list[str]:
-    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    loops = subprocess.check_output(["losetup", "--list", "--noheadings", "--output", "BACK-FILE"], text=True)
-    found = [line for line in [*mounts, *loops.splitlines()] if str(settings.cache.parent) in line]
-    found += [str(path) for path in settings.cache.glob("work/*")]
-    return found + [str(path) for path in settings.store.glob(".incoming*")]
 
 
 def test_a_cold_bake_leaves_an_image_and_nothing_else(baked: Record, real_settings: Settings) -> None:
@@ -90,21 +81,6 @@ def test_a_changed_element_rebuilds_from_the_cached_base(
     assert record.digest != baked.digest
     names = {step.name: step.seconds for step in record.steps}
     assert set(names) == {step.name for step in baked.steps}
-
-
-@pytest.fixture
-def site_elements(real_settings: Settings, tmp_path: Path) -> Settings:
-    """A site with a manifest 'broken' and an element of its own."""
-    (tmp_path / "manifests").mkdir()
-    (tmp_path / "elements/site-element/install.d").mkdir(parents=True)
-    (tmp_path / "manifests/broken.yaml").write_text("extends: debian-13\nplatform: slurm\nelements: [site-element]\n")
-    return real_settings.model_copy(update={"manifests": [tmp_path / "manifests"], "elements": [tmp_path / "elements"]})
-
-
-def write_script(settings: Settings, text: str) -> None:
-    script = settings.elements[0] / "site-element/install.d/50-site"
-    script.write_text(f"#!/bin/bash\nset -eu\n{text}\n")
-    script.chmod(0o755)
 
 
 def test_a_failing_element_script_is_named(baked: Record, site_elements: Settings) -> None:
@@ -175,26 +151,7 @@ def test_what_an_element_leaves_in_the_image_is_refused(baked: Record, site_elem
 def test_a_bake_killed_inside_diskimage_builder_leaves_nothing(
     baked: Record, site_elements: Settings, tmp_path: Path, number: signal.Signals
 ) -> None:
-    write_script(site_elements, "echo now it waits\nsleep 1234")
-    environment = {
-        **os.environ,
-        "BAKEHOUSE_STORE": str(site_elements.store),
-        "BAKEHOUSE_CACHE": str(site_elements.cache),
-        "BAKEHOUSE_MANIFESTS": str(site_elements.manifests[0]),
-        "BAKEHOUSE_ELEMENTS": str(site_elements.elements[0]),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "invoke", "bake", "--platform", "broken", "--verbose"],
-        cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert any("now it waits" in line for line in process.stdout)
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    deadline = time.monotonic() + 20
-    while subprocess.run(["pgrep", "-f", "sleep 1234"], capture_output=True, check=False).returncode == 0:
-        assert time.monotonic() < deadline, "the element script went on running"
-        time.sleep(0.1)
+    kill_while_its_script_waits(site_elements, "bake", number)
     if number == signal.SIGKILL:
         # The next run finds what is left, and says so.
         write_script(site_elements, "exit 1")

@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,19 +20,15 @@ from bakehouse import bootstrap, cluster, container, definition, plan, userdata,
 from bakehouse.cluster import Cluster
 from bakehouse.container import Container
 from bakehouse.harness import BootMachine
-from bakehouse.network import GATEWAY
 from bakehouse.package_mirror import NAME, PackageMirror
 from bakehouse.record import Record
 from bakehouse.run import Log
 from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
-from tests.integration.conftest import bake, host_cache, invoking
+from tests.integration.conftest import LIST, bake, host_cache, invoking, status
 
 pytestmark = pytest.mark.slow
 
-WEB_PORT = 8080
-WEB = "/run/web"
-BUNDLE = "slurm.tar.gz"
 FOLDER = "/var/lib/bakehouse/bootstrap"
 SECONDS = 300
 """How long a bootstrap may take on a busy host; it takes half a minute."""
@@ -55,15 +50,12 @@ class Site:
     baked: Path
     bundle: bytes
 
+    wanted: userdata.Bundle
+    """How nodes name it."""
+
     def serve(self, content: bytes) -> None:
         """Put something where nodes fetch the bundle."""
-        path = self.slurm.network.path(Path(WEB))
-        path.mkdir(exist_ok=True)
-        (path / BUNDLE).write_bytes(content)
-
-    @property
-    def wanted(self) -> userdata.Bundle:
-        return userdata.Bundle(f"http://{GATEWAY}:{WEB_PORT}/{BUNDLE}", hashlib.sha256(self.bundle).hexdigest())
+        bootstrap.offer(self.slurm.network, content)
 
     def plain(self, name: str, *, with_bundle: bool = True) -> AbstractContextManager[Container]:
         """Boot a plain node with what cloud-init would write."""
@@ -84,18 +76,16 @@ def bootstrap_site(
 ) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("bootstrap")
     store = LocalStore(real_settings.store)
-    definition.write_bundle(plan.make("slurm", real_settings), folder / BUNDLE)
+    definition.write_bundle(plan.make("slurm", real_settings), folder / bootstrap.BUNDLE)
     with Log(folder / "network.log") as log, cluster.up(store.image(baked), log, cgroups=False) as slurm:
         slurm.controller.start()
         base_root, baked_root = (slurm.network.mount_image(store.image(record)) for record in (base_image, baked))
         mirror = PackageMirror(slurm.network, host_cache() / "apt-cacher-ng")
         mirror.prepare(baked_root, "trixie", real_settings.mirrors())
         mirror.start()
-        site = Site(slurm, mirror, base_root, baked_root, (folder / BUNDLE).read_bytes())
-        site.serve(site.bundle)
-        where = ["--bind", str(GATEWAY), "--directory", WEB]
-        slurm.network.start([sys.executable, "-m", "http.server", *where, str(WEB_PORT)], Path("/run/web.log"))
-        yield site
+        bootstrap.serve(slurm.network)
+        bundle = (folder / bootstrap.BUNDLE).read_bytes()
+        yield Site(slurm, mirror, base_root, baked_root, bundle, bootstrap.offer(slurm.network, bundle))
 
 
 def said(node: Container) -> str:
@@ -104,33 +94,13 @@ def said(node: Container) -> str:
 
 
 def joined(node: Container) -> bool:
-    done = node.run("cat", "/run/bakehouse/status.json")
-    return bool(done.stdout) and json.loads(done.stdout)["state"] == "joined"
+    return bool(status(node).get("state") == "joined")
 
 
 def wait_until_bootstrapped(node: Container) -> None:
     node.wait("bootstrap", lambda: said(node) == "applied", SECONDS)
     node.wait("join", lambda: joined(node), SECONDS)
 
-
-LIST = r"""
-import hashlib, json, os, stat
-found = {}
-for top, folders, files in os.walk("/"):
-    folders[:] = [name for name in folders if os.path.join(top, name) not in ("/proc", "/sys", "/dev", "/run", "/tmp")]
-    for name in folders + files:
-        path = os.path.join(top, name)
-        about = os.lstat(path)
-        data = ""
-        if stat.S_ISLNK(about.st_mode):
-            data = os.readlink(path)
-        elif stat.S_ISREG(about.st_mode):
-            with open(path, "rb") as file:
-                data = hashlib.sha256(file.read()).hexdigest()
-        found[path] = [stat.filemode(about.st_mode), about.st_uid, about.st_gid, data]
-print(json.dumps(found))
-"""
-"""All of a root: by path, kind and mode, owner, group, and content or target."""
 
 OWN = (
     # Each node has its own, by what it is or when it was made.
@@ -254,10 +224,14 @@ def test_a_play_that_fails_half_way_goes_on_where_it_was(bootstrap_site: Site) -
         # A file where a folder belongs: the step after the packages cannot be done.
         node.shell("touch /etc/systemd/system/munge.service.d")
         node.wait("failure", lambda: said(node).startswith("waiting: Ansible: "), SECONDS)
-        assert "/etc/systemd/system/munge.service.d" in said(node)
+        assert "etc/systemd/system/munge.service.d" in said(node)
         assert "slurmd" in packages(node)
+        # As a power cut leaves it: apt refuses to do anything.
+        node.shell("dpkg --status tar | sed 's/ok installed/ok unpacked/' > /var/lib/dpkg/updates/0001")
+        assert "dpkg was interrupted" in node.run("apt-get", "install", "munge").stderr
         node.shell("rm /etc/systemd/system/munge.service.d")
         wait_until_bootstrapped(node)
+        assert node.shell("dpkg --audit") == ""
 
 
 def test_a_node_is_made_over_ssh(bootstrap_site: Site, real_settings: Settings, tmp_path: Path) -> None:
@@ -271,7 +245,8 @@ def test_a_node_is_made_over_ssh(bootstrap_site: Site, real_settings: Settings, 
             "useradd --create-home --shell /bin/bash ops && install -d -m 700 -o ops ~ops/.ssh"
             " && install -m 600 -o ops /root/authorized ~ops/.ssh/authorized_keys"
             " && echo 'ops ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/ops"
-            " && ssh-keygen -A && systemctl reset-failed ssh && systemctl restart ssh && apt-get -qq update"
+            " && echo 'Defaults umask = 0077' >> /etc/sudoers.d/ops"
+            " && ssh-keygen -A && systemctl reset-failed ssh && systemctl restart ssh"
         )
         config = tmp_path / "config"
         config.write_text(
@@ -286,8 +261,14 @@ def test_a_node_is_made_over_ssh(bootstrap_site: Site, real_settings: Settings, 
         done = invoke(*push)
         assert done.returncode == 0, done.stdout + done.stderr
         node.wait("join", lambda: joined(node), SECONDS)
+        folders = "/usr/lib/systemd/networkd.conf.d /etc/systemd/system/munge.service.d"
+        assert node.shell(f"stat --format %a {folders}").split() == ["755", "755"], "whatever the user's umask"
+        node.shell(
+            "touch --date '10 minutes ago' /run/bakehouse/package-lists; touch /etc/apt/sources.list.d/site.list"
+        )
         again = invoke(*push)
         assert re.search(r"changed=0 .*failed=0", again.stdout), again.stdout
+        assert node.shell("find /run/bakehouse/package-lists -mmin -9"), "lists are read again for a new source"
 
 
 @pytest.mark.long
@@ -296,8 +277,7 @@ def test_a_machine_becomes_a_node_by_its_user_data(
 ) -> None:
     """With cloud-init and a kernel of its own; and after a reboot it joins again without a bootstrap."""
     slurm = bootstrap_site.slurm
-    joining = userdata.render(slurm.join("machine", bundle=bootstrap_site.wanted))
-    user_data = userdata.with_part({"apt": {"http_proxy": bootstrap_site.mirror.proxy}}, joining)
+    user_data = bootstrap.user_data(slurm.join("machine", bundle=bootstrap_site.wanted), bootstrap_site.mirror.proxy)
     file = LocalStore(real_settings.store).image(base_image)
     node = boot_machine(file, hostname="machine", network=slurm.network, user_data=user_data, disk_size=4 << 30)
 

@@ -28,6 +28,7 @@ from bakehouse.run import Log
 from bakehouse.settings import Settings
 from bakehouse.slurm import Authentication
 from bakehouse.store import LocalStore
+from tests.integration.conftest import status
 
 pytestmark = pytest.mark.slow
 
@@ -96,13 +97,6 @@ IMAGE: list[Path] = []
 @pytest.fixture(autouse=True, scope="module")
 def image(baked: Record, real_settings: Settings) -> None:
     IMAGE[:] = [LocalStore(real_settings.store).image(baked)]
-
-
-def status(one: Container) -> dict[str, Any]:
-    """Return what the agent says; nothing before it has said anything."""
-    done = one.run("cat", "/run/bakehouse/status.json")
-    found: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 and done.stdout else {}
-    return found
 
 
 def wait_for(one: Container, what: str, fact: Callable[[dict[str, Any]], bool], seconds: float = SECONDS) -> None:

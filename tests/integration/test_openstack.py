@@ -64,6 +64,12 @@ def test_its_life(tmp_path: Path) -> None:
     assert clouds.read_text() == "# mine\nclouds:\n  mine: {}\n"
 
 
+def test_a_user_that_is_there_gets_another_credential(local: LocalCloud) -> None:
+    """Keystone refuses what is asked with a new password within the second in which it was set."""
+    made = [local.add_member("u-again", "p-again") for _ in range(4)]
+    assert len({member.credential["application_credential_id"] for member in made}) == 4
+
+
 def test_secrets_stay_with_their_owner(local: LocalCloud) -> None:
     text = local.clouds_file.read_text()
     secret = yaml.safe_load(text)["clouds"]["test"]["auth"]["application_credential_secret"]

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from bakehouse import REPOSITORY, waiting
-from bakehouse.local_cloud import REGION, LocalCloud, _answers, _environment, _free_ports
+from bakehouse.daemon import answers, free_ports
+from bakehouse.local_cloud import REGION, LocalCloud, _environment
 from tests.integration.shop import Shop
 from tests.samples import MIB, add_image
 
@@ -56,7 +57,7 @@ class Nova:
     def __init__(self, folder: Path, local: LocalCloud, neutron: str, cinder: str = "") -> None:
         self.folder = folder
         self.local = local
-        (self.port,) = _free_ports(1)
+        (self.port,) = free_ports(1)
         auth = (
             f"auth_type = password\nauth_url = {local.auth_url}\nusername = admin\npassword = {local.admin_password}\n"
             "project_name = admin\nuser_domain_id = default\nproject_domain_id = default\n"
@@ -80,7 +81,7 @@ class Nova:
             env=_environment() | {"NOVA_FOLDER": str(folder)}, stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        waiting.until("Nova", lambda: _answers(f"http://127.0.0.1:{self.port}/"), 60, poll=0.1)
+        waiting.until("Nova", lambda: answers(f"http://127.0.0.1:{self.port}/"), 60, poll=0.1)
 
     def python(self, *words: str | Path) -> None:
         command = [self.local.environment / "bin" / "python", "-I", SERVICES, *words]

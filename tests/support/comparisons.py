@@ -38,7 +38,7 @@ def timeline(joined: float, set_up: float = 0.0) -> Timeline:
         (JOINED, joined), (FIRST_JOB, joined + 6.0),
     ]  # fmt: skip
     if set_up:
-        moments += [(SET_UP_BEGINS, boot * 0.8)]
+        moments += [(SET_UP_BEGINS[0], boot * 0.8)]
     found = (Moment(name=name, seconds=at, source="host") for name, at in moments)
     return Timeline(moments=tuple(sorted(found, key=lambda moment: moment.seconds)), power_on=0.0, accelerator="tcg")
 

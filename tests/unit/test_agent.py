@@ -277,6 +277,29 @@ def test_a_key_that_is_exchanged_on_disk_is_taken_up(node: Node) -> None:
     assert node.log().count("munge.service") == 2
 
 
+def test_containers_are_waited_for_by_their_own_words(node: Node) -> None:
+    node.path("etc/bakehouse/containers.env").write_text("IMAGE=registry/slurm@sha256:0\n")
+    node.start()
+    node.until_waiting_for("bakehouse-containers to start")
+    node.path("run/bakehouse/containers").write_text("the container image: connection refused\n")
+    status = node.until_waiting_for("the container image: connection refused")
+    assert status["hint"] == "journalctl -u bakehouse-containers"
+    assert "start" not in node.log(), "there is nothing to start yet"
+    node.path("run/bakehouse/containers").write_text("ready\n")
+    node.until_joined()
+
+
+def test_a_munge_that_starts_slowly_is_not_started_again(node: Node) -> None:
+    node.path("fake/slow-munge").touch()
+    node.start()
+    node.until_waiting_for("munge to start")
+    node.until(lambda status: status["attempt"] >= 2)
+    node.path("fake/slow-munge").unlink()
+    subprocess.run([FAKES / "systemctl", "restart", "munge"], env=node.environment, check=True)
+    node.until_joined()
+    assert node.log().count("munge.service") == 1
+
+
 def test_clocks_that_differ_are_told_from_wrong_keys(node: Node) -> None:
     node.path("fake/key").write_bytes(b"another key" * 20)
     log = "Created socket\n2026-11-24 06:02:42 +0000 Info:      Unauthorized credential for client UID=0 GID=0\n"

@@ -61,6 +61,9 @@ def test_everything_in_it_is_listed_the_longest_unused_first(held: BaseCache) ->
     add_deb(held, "munge", days=1)
     (held.work / "slurm+123").mkdir(parents=True)
     held.kvm.mkdir()
+    held.packer.mkdir()
+    (held.packer / "0a1b.qcow2").write_bytes(bytes(64 * KIB))
+    age(held.packer / "0a1b.qcow2", 4)
     age(held.debs("trixie"), 5)
     age(held.work / "slurm+123", 3)
     age(held.kvm, 7)
@@ -68,6 +71,7 @@ def test_everything_in_it_is_listed_the_longest_unused_first(held: BaseCache) ->
         ("base root", "debian-trixie-2"),
         ("KVM probe", "kvm"),
         ("packages", "debs-trixie-amd64"),
+        ("base image", "0a1b.qcow2"),
         ("build folder", "slurm+123"),
         ("base root", "debian-trixie-1"),
     ]
@@ -185,6 +189,19 @@ def test_free_space_is_told_for_a_folder_yet_to_be_made(tmp_path: Path) -> None:
     assert not (tmp_path / "not").exists()
 
 
+def test_container_images_go_with_age_unless_one_is_being_built(tmp_path: Path) -> None:
+    cache = BaseCache(tmp_path)
+    (cache.containers / "storage").mkdir(parents=True)
+    (cache.containers / "lock").touch()
+    building = cache.work / "container+1"
+    building.mkdir(parents=True)
+    now = datetime.datetime.now(datetime.UTC)
+    assert cache.prune(0, now) == []
+    building.rmdir()
+    assert [entry.kind for entry in cache.prune(0, now)] == ["container images"]
+    assert not cache.containers.exists()
+
+
 def test_services_of_the_local_openstack_go_with_age_unless_they_run(tmp_path: Path) -> None:
     cache = BaseCache(tmp_path)
     for name in ("openstack-old", "openstack-running"):
@@ -202,3 +219,23 @@ def test_services_of_the_local_openstack_go_with_age_unless_they_run(tmp_path: P
     assert [entry.name for entry in removed] == ["openstack-old"]
     assert (tmp_path / "openstack-running").exists()
     assert not (tmp_path / "openstack-old").exists()
+
+
+def test_what_a_build_downloads_is_left_to_it_by_another(tmp_path: Path) -> None:
+    cache = BaseCache(tmp_path)
+    with cache.using_debs("trixie") as removed:
+        assert removed == []
+        deb = cache.debs("trixie") / "x_1_amd64.deb"
+        deb.write_bytes(b"just downloaded")
+        with cache.using_debs("trixie") as others:
+            assert others == []
+        assert deb.exists()
+    with cache.using_debs("trixie") as removed:
+        assert removed == [deb.name], "the build did not end well: nobody noted it"
+    deb.write_bytes(b"downloaded")
+    cache.note_debs("trixie")
+    with cache.using_debs("trixie") as removed:
+        assert removed == []
+    deb.write_bytes(b"downLoaded")
+    with cache.using_debs("trixie") as removed:
+        assert removed == [deb.name]

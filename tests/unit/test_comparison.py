@@ -169,7 +169,7 @@ def test_without_a_round_in_which_both_joined_there_is_no_pair() -> None:
     assert pairing(of_runs(run("bake", 1, 5.0), run("hybrid", 2, 5.0)), "bake", "hybrid", PLAIN) is None
 
 
-MOMENTS = ["kernel", "userspace", comparison.SET_UP_BEGINS, "agent started", JOINED]
+MOMENTS = ["kernel", "userspace", *comparison.SET_UP_BEGINS, *comparison.SET_UP_ENDS, JOINED]
 
 
 @given(st.dictionaries(st.sampled_from(MOMENTS), SECONDS))

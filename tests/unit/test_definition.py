@@ -66,7 +66,7 @@ def test_units_are_enabled_as_the_presets_say(settings: Settings) -> None:
 
 
 def test_a_base_has_no_definition(settings: Settings) -> None:
-    with pytest.raises(BakehouseError, match="base has no elements beyond those of its base"):
+    with pytest.raises(BakehouseError, match="base has nothing beyond its base"):
         of("base", settings)
 
 
@@ -81,14 +81,16 @@ def test_a_bundle_holds_all_that_the_play_needs_and_is_always_the_same(
     with tarfile.open(bundles[0]) as archive:
         members = {member.name: member for member in archive}
         told = json.load(archive.extractfile("definition.json") or pytest.fail())
+        with tarfile.open(fileobj=archive.extractfile("hooks/static.tar")) as files:
+            static = files.getmembers()
     assert told == json.loads(json.dumps(found.as_dict()))
     assert {"site.yml", *(f"tasks/{step['kind']}.yml" for step in told["steps"])} <= members.keys()
     for step in told["steps"]:
         if step["kind"] == "script":
             assert members[f"hooks/{step['name']}"].mode == 0o755
-    for file in told["static"]:
-        assert members[f"hooks/static{file['path']}"].isfile()
-    assert {(member.uid, member.gid, member.mtime) for member in members.values()} == {(0, 0, 0)}
+    assert "usr/lib/systemd/system-preset/10-slurm-node.preset" in {member.name for member in static}
+    assert not any(member.isdir() for member in static), "folders of the node stay as they are"
+    assert {(member.uid, member.gid, member.mtime) for member in [*members.values(), *static]} == {(0, 0, 0)}
     assert "extra-data.d" not in {name.split("/")[1] for name in members if "/" in name}, "that was done here"
 
 

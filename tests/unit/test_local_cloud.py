@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bakehouse import local_cloud, lock, process, waiting
+from bakehouse import daemon, local_cloud, lock, process, waiting
 from bakehouse.errors import BakehouseError
 from bakehouse.local_cloud import LocalCloud
 
@@ -67,7 +67,7 @@ def test_a_process_of_the_same_number_is_not_the_service(made: LocalCloud) -> No
 
 
 def test_a_service_that_does_not_care_is_ended_all_the_same(made: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_cloud, "DOWN_SECONDS", 0.2)
+    monkeypatch.setattr(daemon, "DOWN_SECONDS", 0.2)
     stubborn = subprocess.Popen(
         ["bash", "-c", "trap '' TERM; echo; while :; do sleep 0.05; done"], stdout=subprocess.PIPE
     )

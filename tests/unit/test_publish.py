@@ -25,7 +25,8 @@ from tests.samples import add_image
 
 TAG = "20260101-aaaaaaa"
 
-LUKS = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+# The old way to encrypt: unlike LUKS, it does not first measure the processor, which fails now and then on a busy one.
+ENCRYPTED = "encrypt.format=aes,encrypt.key-secret=s"
 
 
 class Publisher:
@@ -544,7 +545,7 @@ def test_a_meter_says_how_far_how_fast_and_how_long(monkeypatch: pytest.MonkeyPa
         (["create", "-f", "qcow2", "-o", "data_file=d.raw,data_file_raw=on", "IMAGE", "1M"], "its data in another"),
         (["create", "-f", "qcow2", "IMAGE", "2M"], "the guest would see 2097152 bytes, its record says 1048576"),
         (["create", "-f", "raw", "IMAGE", "1M"], "is not a qcow2 file"),
-        (["create", "-f", "qcow2", "--object", "secret,id=s,data=x", "-o", LUKS,
+        (["create", "-f", "qcow2", "--object", "secret,id=s,data=x", "-o", ENCRYPTED,
           "IMAGE", "1M"], "is encrypted"),
     ],
     ids=["data file", "size", "format", "encrypted"],

@@ -221,7 +221,7 @@ def call(root: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     specification = root.parent / "seal.json"
     specification.write_text(json.dumps({"identity": {"name": "slurm"}, "root_uuid": UUID, "kernel_arguments": []}))
     report = root.parent / "report.json"
-    monkeypatch.setattr("sys.argv", ["rootfs.py", str(root), str(specification), str(report)])
+    monkeypatch.setattr("sys.argv", ["rootfs.py", str(root), str(report), "--seal", str(specification)])
     return rootfs.main()
 
 

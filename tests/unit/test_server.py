@@ -188,13 +188,14 @@ def test_an_image_comes_from_its_channel_or_tag(fake: FakeNova) -> None:
     down()
 
 
-def test_a_bootstrap_boots_the_base_image(fake: FakeNova) -> None:
+@pytest.mark.parametrize(("path", "name"), [("bootstrap", "base"), ("hybrid", "hybrid")])
+def test_a_path_that_sets_nodes_up_boots_a_plain_image(fake: FakeNova, path: str, name: str) -> None:
     """Of that name there is one of ours and one of others."""
     identity = fake.add_image(
-        "base-20261123-1407eec", tags=[MARK], bakehouse_name="base", bakehouse_tag="20261123-1407eec",
+        f"{name}-20261123-1407eec", tags=[MARK], bakehouse_name=name, bakehouse_tag="20261123-1407eec",
         bakehouse_state="published", bakehouse_platform="base",
     )  # fmt: skip
-    up(wanted=wish(path="bootstrap"), choice=Choice(tag="20261123"))
+    up(wanted=wish(path=path), choice=Choice(tag="20261123"))
     assert fake.sent("/servers")[0]["server"]["imageRef"] == identity
     down()
 
@@ -763,8 +764,8 @@ def test_user_data_comes_from_a_file_or_from_what_a_join_needs(tmp_path: Path) -
 def test_words_that_are_none_are_refused() -> None:
     with pytest.raises(BakehouseError, match="--until ready"):
         wish(until="ready")
-    with pytest.raises(BakehouseError, match="--path hybrid"):
-        wish(path="hybrid")
+    with pytest.raises(BakehouseError, match="--path nomad"):
+        wish(path="nomad")
     with pytest.raises(BakehouseError, match="--count 0"):
         wish(count=0)
     with pytest.raises(BakehouseError, match="--tag and --image"):

@@ -239,3 +239,9 @@ def test_a_dump_loads_as_the_same_settings(tmp_path: Path) -> None:
     text = settings.dump(found)
     assert yaml.safe_load(text)["store"] == str(tmp_path / "images")
     assert load(tmp_path, text) == found
+
+
+def test_what_soaks_is_kept() -> None:
+    with pytest.raises(ValueError, match=r"keep must be more than promote\.soak_nights"):
+        Settings.model_validate({"nightly": {"keep": 3, "promote": {"soak_nights": 3}}})
+    assert Settings.model_validate({"nightly": {"keep": 0, "promote": {}}}).nightly.keep == 0

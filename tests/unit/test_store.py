@@ -223,3 +223,20 @@ def test_an_image_that_is_gone_meanwhile_is_not_amended(store: LocalStore) -> No
     with pytest.raises(BakehouseError, match=r"record\.json cannot be read"):
         store.amend(made.tag, {"kernel": "6.13"})
     assert not store.folder(made.tag).exists()
+
+
+def test_a_tag_is_used_once(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    names = iter(["a", "a", "b", "a", "c", "d"])
+
+    def choose() -> str:
+        return next(name for name in names if not store.taken(name))
+
+    with store.claiming(choose) as first, store.claiming(choose) as second:
+        assert (first, second) == ("a", "b"), "of two at once each has its own"
+        store.folder("a").mkdir()
+    assert store.taken("a")
+    assert not store.taken("b"), "no image came of it"
+    store.folder("a").rmdir()
+    with store.claiming(choose) as third:
+        assert third == "c", "that of an image that is gone is not used again"

@@ -57,7 +57,8 @@ def test_shell_scripts_are_lint_free() -> None:
     scripts = shell_scripts()
     assert len(scripts) > 10
     passes(tool("shellcheck"), "--shell=bash", "--severity=style", *scripts)
-    passes(tool("shellcheck"), "--shell=sh", "--severity=style", "bootstrap/ansible/bakehouse-bootstrap")
+    on_nodes = tracked("bootstrap/ansible/files", "packer/scripts")
+    passes(tool("shellcheck"), "--shell=sh", "--severity=style", "bootstrap/ansible/bakehouse-bootstrap", *on_nodes)
 
 
 def test_the_play_is_lint_free(tmp_path: Path) -> None:

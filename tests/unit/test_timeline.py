@@ -148,15 +148,16 @@ def at(found: Timeline) -> dict[str, float]:
     return {moment.name: moment.seconds for moment in found.moments}
 
 
-def test_a_bootstrap_has_moments_and_spans() -> None:
-    said = "--- bootstrap\n9.50 started\n11.25 bundle\nnonsense\n60.00 applied\n"
-    found = booted(dataclasses.replace(FACTS, bootstrap=GuestFacts.parse(said).bootstrap))
-    assert {name: at(found)[f"bootstrap {name}"] for name in ("started", "bundle", "applied")} == {
-        "started": 12.75, "bundle": 14.5, "applied": 63.25,
+@pytest.mark.parametrize("name", ["bootstrap", "containers"])
+def test_what_prepares_a_plain_node_has_moments_and_spans(name: str) -> None:
+    said = f"--- {name}\n9.50 started\n11.25 first\nnonsense\n60.00 last\n"
+    found = booted(dataclasses.replace(FACTS, preparation=GuestFacts.parse(said).preparation))
+    assert {moment: at(found)[f"{name} {moment}"] for moment in ("started", "first", "last")} == {
+        "started": 12.75, "first": 14.5, "last": 63.25,
     }  # fmt: skip
-    assert [span for span in spans(found) if span.name.startswith("bootstrap")] == [
-        ("bootstrap: bundle", 12.75, 14.5),
-        ("bootstrap: applied", 14.5, 63.25),
+    assert [span for span in spans(found) if span.name.startswith(name)] == [
+        (f"{name}: first", 12.75, 14.5),
+        (f"{name}: last", 14.5, 63.25),
     ]
 
 

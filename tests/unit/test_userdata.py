@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import re
+import tomllib
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -219,7 +220,8 @@ def test_a_controller_that_cannot_be_one_is_refused(controller: str) -> None:
     [
         ({"controllers": ()}, "no controller is given"),
         ({"path": "bootstrap"}, "the path bootstrap needs a bundle"),
-        ({"path": "hybrid"}, "the path 'hybrid' comes later"),
+        ({"path": "hybrid"}, "the path hybrid needs a container image"),
+        ({"path": "nomad"}, "'nomad' is no path"),
         ({"authentication": "none"}, "'none' is no way to authenticate"),
         ({"node": "node-1.example.org"}, "'node-1.example.org' cannot be a node's name"),
         ({"node": "node\n1"}, "cannot be a node's name"),
@@ -381,3 +383,46 @@ def test_a_bundle_that_cannot_be_one_is_refused(url: str, sha256: str, error: st
 def test_a_baked_node_needs_no_bundle() -> None:
     with pytest.raises(BakehouseError, match="takes no bundle"):
         userdata.Join(("ctl",), bundle=BUNDLE)
+
+
+IMAGE = f"registry.example.org:5000/bakehouse/slurm@sha256:{'a' * 64}"
+
+
+@pytest.mark.parametrize("insecure", [False, True])
+def test_a_hybrid_node_is_told_its_image(insecure: bool) -> None:
+    join = userdata.Join(("ctl",), path="hybrid", image=userdata.ContainerImage(IMAGE, insecure))
+    files = userdata.files(join)
+    assert files["/etc/bakehouse/containers.env"] == (f"IMAGE={IMAGE}\n", 0o644)
+    registries = files.get("/etc/containers/registries.conf.d/50-bakehouse.conf", ("", 0))[0]
+    assert tomllib.loads(registries) == (
+        {"registry": [{"location": "registry.example.org:5000", "insecure": True}]} if insecure else {}
+    )
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "registry.example.org/slurm:latest",
+        f"slurm@sha256:{'a' * 64}",
+        f"registry.example.org/slurm@sha256:{'a' * 63}",
+        f"registry.example.org/slurm@sha256:{'a' * 64}\nX=1",
+        f"https://registry.example.org/slurm@sha256:{'a' * 64}",
+        "",
+    ],
+)
+def test_a_container_image_is_named_by_its_digest(reference: str) -> None:
+    with pytest.raises(BakehouseError, match="is not a container image by its digest"):
+        userdata.ContainerImage(reference)
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "error"),
+    [
+        ("bake", {"image": userdata.ContainerImage(IMAGE)}, "the path bake takes no container image"),
+        ("hybrid", {"image": userdata.ContainerImage(IMAGE), "bundle": BUNDLE}, "the path hybrid takes no bundle"),
+        ("bootstrap", {"bundle": BUNDLE, "image": userdata.ContainerImage(IMAGE)}, "takes no container image"),
+    ],
+)
+def test_a_path_takes_what_is_its_own(path: str, given: dict[str, Any], error: str) -> None:
+    with pytest.raises(BakehouseError, match=error):
+        userdata.Join(("ctl",), path=path, **given)

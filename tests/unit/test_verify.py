@@ -147,7 +147,7 @@ class World:
         self.guest: dict[str, Any] = {}
         self.no_qemu = False
         self.add(record())
-        monkeypatch.setattr(host, "missing", list)
+        monkeypatch.setattr(host, "missing", lambda _tools: [])
         monkeypatch.setattr(machine, "make_key", lambda folder: folder / "id")
         monkeypatch.setattr(machine, "boot", self.boot)
         monkeypatch.setattr(cluster, "up", self.up)
@@ -403,7 +403,7 @@ def test_an_image_of_another_platform_is_not_marked(world: World) -> None:
 
 def test_a_host_that_lacks_a_tool_does_not_mark_the_image(world: World) -> None:
     tool = Tool("dnsmasq", "dnsmasq-base", "")
-    world.monkeypatch.setattr(host, "missing", lambda: [tool])
+    world.monkeypatch.setattr(host, "missing", lambda _tools: [tool])
     with pytest.raises(BakehouseError, match="this host lacks dnsmasq") as caught:
         world.verify()
     assert caught.value.hint == "apt-get install dnsmasq-base"
