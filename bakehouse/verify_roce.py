@@ -16,7 +16,10 @@ from bakehouse.machine import Machine
 from bakehouse.network import Network
 
 MTU = 9000
-"""Bytes; carries RDMA's largest packet, 4096 bytes of data."""
+"""Bytes; carries RDMA's largest packet."""
+
+PACKET = 4096
+"""Bytes of data in it."""
 
 DEVICE = "rxe0"
 PEER = "node-2"
@@ -175,16 +178,21 @@ class RoceTrial:
                 )
 
     def _bandwidth(self, node: Machine, program: str) -> None:
-        """Run a program of perftest between the nodes: few and small messages, since they may be emulated."""
-        options = f"{program} -d {DEVICE} -s 65536 -n 5 -m 4096"
+        """Run a program of perftest between the nodes: few messages, since they may be emulated, of one packet each.
+
+        In the middle of a longer one a node that was kept from running sends again, and soft RoCE begins what it sends
+        again as if it were a message's first packet (req_retry() in drivers/infiniband/sw/rxe/rxe_req.c), which the other
+        node refuses: status 9, remote invalid request.
+        """
+        options = f"{program} -d {DEVICE} -s {PACKET} -n 20 -m {PACKET}"
         said = self._pair(node, f"timeout 120 {options}", f"{options} {self.peer.login.host}", port=18515)
-        if "65536" not in said:
+        if f"{PACKET} " not in said:
             raise BakehouseError(f"{program} says nothing of its messages", log=said)
 
     def _pair(self, node: Machine, serve: str, ask: str, *, port: int) -> str:
         """Run a server on the second node and a client on the first. Return what the client said."""
-        self.peer.ssh(f"nohup {serve} > /tmp/server 2>&1 < /dev/null &")
-        listening = f"ss --listening --numeric --tcp | grep -q :{port} || rdma resource show cm_id | grep -q 'LISTEN'"
+        self.peer.ssh(f"nohup {serve} > /tmp/server 2>&1 < /dev/null & echo $! > /tmp/server.pid")
+        listening = f"{{ ss --listening --numeric --tcp; rdma resource show cm_id; }} | grep -q 'LISTEN.*:{port} '"
         waiting.until(
             "server on the second node", lambda: self.peer.ssh(listening).returncode == 0, COMMAND_SECONDS, poll=1.0,
             last_words=lambda: self.peer.ssh("cat /tmp/server").stdout,
@@ -196,6 +204,12 @@ class RoceTrial:
             raise BakehouseError(
                 f"{program} ended with status {done.returncode}", log=done.stdout + done.stderr + theirs
             )
+        # The next one shall not find this one's port.
+        running = "kill -0 $(cat /tmp/server.pid)"
+        waiting.until(
+            "end of the server on the second node", lambda: self.peer.ssh(running).returncode == 1, COMMAND_SECONDS,
+            poll=1.0,
+        )  # fmt: skip
         return done.stdout
 
     def logs(self) -> dict[str, str]:
@@ -218,7 +232,7 @@ def _must_be_set_up(node: Machine) -> None:
     wrong = [f"{knob['knob']}: {knob['word']}" for knob in knobs.values() if knob["state"] == "failed"]
     wrong += [
         f"{name} is '{knobs[name]['actual']}', not '{wanted}'"
-        for name, wanted in (("roce_mode", "RoCE v2"), ("mtu", str(MTU)), ("path_mtu", "4096"))
+        for name, wanted in (("roce_mode", "RoCE v2"), ("mtu", str(MTU)), ("path_mtu", str(PACKET)))
         if knobs[name]["actual"] != wanted
     ]
     if wrong:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from oslo_utils.imageutils import format_inspector
 
-from bakehouse import REPOSITORY, sbom
+from bakehouse import REPOSITORY, plan, sbom
 from bakehouse.cache import BaseCache
 from bakehouse.errors import BakehouseError
 from bakehouse.record import Record
@@ -24,11 +24,12 @@ from tests.integration.conftest import bake, kill_while_its_script_waits, leftov
 pytestmark = pytest.mark.slow
 
 
-def test_a_cold_bake_leaves_an_image_and_nothing_else(baked: Record, real_settings: Settings) -> None:
+def test_a_bake_leaves_an_image_and_nothing_else(baked: Record, real_settings: Settings) -> None:
     assert leftovers(real_settings) == []
     assert baked.package_count > 150
     assert {"slurm", "munge", "cloud-init", "systemd", "kernel"} <= baked.versions.keys()
-    assert not any(step.cached for step in baked.steps)
+    # Its base root may be one that the image of another file of tests has begun with.
+    assert [step.name for step in baked.steps if step.cached] in ([], ["base root"])
 
 
 def test_memory_stays_within_a_small_builder(baked: Record) -> None:
@@ -106,8 +107,11 @@ def test_a_full_disk_is_named(
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2g", "tmpfs", small], check=True)
     try:
-        shutil.copytree(site_elements.cache / "base", small / "base")
         write_script(site_elements, "dd if=/dev/zero of=/fill bs=1M")
+        (small / "base").mkdir()
+        # Not those of other releases and mirrors: with them there would not be room to begin.
+        for file in (site_elements.cache / "base").glob(f"{plan.make('broken', site_elements).base_key}*"):
+            shutil.copy2(file, small / "base")
         with pytest.raises(BakehouseError, match="the disk is full"):
             bake(site_elements.model_copy(update={"cache": small}), "broken")
         assert [*(small / "work").iterdir()] == []
