@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import NamedTuple
 
+import tenacity
+
 from bakehouse import userdata, waiting
 from bakehouse.errors import BakehouseError
 from bakehouse.machine import Machine
@@ -29,6 +31,12 @@ ROCE_PORT = 4791
 BOOT_SECONDS = 900
 COMMAND_SECONDS = 300
 CAPTURE_SECONDS = 30
+
+ATTEMPTS = 4
+"""Times that a program is tried between the nodes."""
+
+SERVER = "$HOME/server"
+"""In the second node: what a server says; with .pid, the number of its process."""
 
 SOFT_ROCE = f"""\
 modprobe rdma_rxe
@@ -108,6 +116,10 @@ def captured(network: Network, device: str) -> Iterator[list[Packets]]:
     found.extend(Packets(*kind) for kind in ast.literal_eval(said or "[]"))
 
 
+class _ClientError(BakehouseError):
+    """A client did not do what it was asked."""
+
+
 class RoceTrial:
     """Two nodes of an image on one private network.
 
@@ -123,6 +135,7 @@ class RoceTrial:
         self._boot = boot
         self._stack = ExitStack()
         self._peer: Machine | None = None
+        self._failed: list[str] = []
 
     def __enter__(self) -> RoceTrial:
         """Begin."""
@@ -180,8 +193,8 @@ class RoceTrial:
     def _bandwidth(self, node: Machine, program: str) -> None:
         """Run a program of perftest between the nodes: few messages, since they may be emulated, of one packet each.
 
-        In the middle of a longer one a node that was kept from running sends again, and soft RoCE begins what it sends
-        again as if it were a message's first packet (req_retry() in drivers/infiniband/sw/rxe/rxe_req.c), which the other
+        Where a node was kept from running, it sends again. In the middle of a longer message soft RoCE sends the rest
+        as if it were a message's first packet (req_retry() in drivers/infiniband/sw/rxe/rxe_req.c), which the other
         node refuses: status 9, remote invalid request.
         """
         options = f"{program} -d {DEVICE} -s {PACKET} -n 20 -m {PACKET}"
@@ -189,32 +202,41 @@ class RoceTrial:
         if f"{PACKET} " not in said:
             raise BakehouseError(f"{program} says nothing of its messages", log=said)
 
+    @tenacity.retry(
+        retry=tenacity.retry_if_exception_type(_ClientError), stop=tenacity.stop_after_attempt(ATTEMPTS), reraise=True
+    )
     def _pair(self, node: Machine, serve: str, ask: str, *, port: int) -> str:
-        """Run a server on the second node and a client on the first. Return what the client said."""
-        self.peer.ssh(f"nohup {serve} > /tmp/server 2>&1 < /dev/null & echo $! > /tmp/server.pid")
+        """Run a server on the second node and a client on the first. Return what the client said.
+
+        Both begin again where the client fails: on a busy host an emulated node answers too late now and then, and the
+        connection manager of the other has given the connection up.
+        """
+        self.peer.ssh(f"nohup {serve} > {SERVER} 2>&1 < /dev/null & echo $! > {SERVER}.pid")
         listening = f"{{ ss --listening --numeric --tcp; rdma resource show cm_id; }} | grep -q 'LISTEN.*:{port} '"
         waiting.until(
             "server on the second node", lambda: self.peer.ssh(listening).returncode == 0, COMMAND_SECONDS, poll=1.0,
-            last_words=lambda: self.peer.ssh("cat /tmp/server").stdout,
+            last_words=lambda: self.peer.ssh(f"cat {SERVER}").stdout,
         )  # fmt: skip
-        done = node.ssh(ask, timeout=COMMAND_SECONDS)
-        if done.returncode != 0:
-            theirs = self.peer.ssh("cat /tmp/server").stdout
-            program = ask.partition(" ")[0]
-            raise BakehouseError(
-                f"{program} ended with status {done.returncode}", log=done.stdout + done.stderr + theirs
-            )
-        # The next one shall not find this one's port.
-        running = "kill -0 $(cat /tmp/server.pid)"
-        waiting.until(
-            "end of the server on the second node", lambda: self.peer.ssh(running).returncode == 1, COMMAND_SECONDS,
-            poll=1.0,
-        )  # fmt: skip
+        try:
+            done = node.ssh(ask, timeout=COMMAND_SECONDS)
+            if done.returncode != 0:
+                self.peer.ssh(f"kill $(cat {SERVER}.pid)")
+                said = done.stdout + done.stderr + self.peer.ssh(f"cat {SERVER}").stdout
+                self._failed.append(said)
+                raise _ClientError(f"{ask.partition(' ')[0]} ended with status {done.returncode}", log=said)
+        finally:
+            # The next one shall not find this one's port.
+            running = f"kill -0 $(cat {SERVER}.pid)"
+            waiting.until(
+                "end of the server on the second node", lambda: self.peer.ssh(running).returncode == 1,
+                COMMAND_SECONDS, poll=1.0,
+            )  # fmt: skip
         return done.stdout
 
     def logs(self) -> dict[str, str]:
-        """Return what the second node said."""
-        return {"node-2.log": self.peer.output()} if self._peer else {}
+        """Return what the second node said, and what was tried in vain."""
+        found = {"node-2.log": self.peer.output()} if self._peer else {}
+        return found | ({"rdma.log": "\n".join(self._failed)} if self._failed else {})
 
 
 def _must_be_set_up(node: Machine) -> None:
