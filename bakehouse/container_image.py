@@ -42,6 +42,9 @@ COPY_STATIC = PLAY / "files" / "copy-static"
 NODES = BASES["hybrid"]
 """The manifest of the nodes that run these images."""
 
+OF_MACHINES = frozenset({"bare-metal", "roce"})
+"""Elements that set a machine up: its firmware, devices and how it starts. A container cannot."""
+
 STAGES = ["base root", "base layer", "platform", "check"]
 
 DIGEST_LABEL = "bakehouse_digest"
@@ -167,12 +170,21 @@ class Order:
         return definition.of(self.plan, self.nodes)
 
     @functools.cached_property
+    def elements(self) -> frozenset[str]:
+        """The names of the elements that are applied: those that the nodes have not."""
+        return frozenset(element.name for element in definition.own_elements(self.plan, self.nodes))
+
+    @functools.cached_property
     def key(self) -> str:
         """Digest of all that can change the image."""
-        own = [element.name for element in definition.own_elements(self.plan, self.nodes)]
         version = subprocess.run(["buildah", "--version"], capture_output=True, text=True, check=True).stdout
         code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        inputs = {"plan": self.plan.digest, "elements": ",".join(own), "buildah": version.strip(), "code": code}
+        inputs = {
+            "plan": self.plan.digest,
+            "elements": ",".join(sorted(self.elements)),
+            "buildah": version.strip(),
+            "code": code,
+        }
         inputs["copy-static"] = hashlib.sha256(COPY_STATIC.read_bytes()).hexdigest()
         files = Element("containers", FILES).files().items()
         inputs |= {name: digest for name, digest in files if name.partition("/")[0] in {name, self.platform}}
@@ -256,7 +268,8 @@ def order(name: str, settings: Settings) -> Order:
         settings: the site's.
 
     Raises:
-        BakehouseError: a manifest or an element is missing or faulty, or this host lacks what builds images.
+        BakehouseError: a manifest or an element is missing or faulty, this host lacks what builds images, or the
+            platform has elements for machines that the nodes' manifest lacks.
     """
     return order_of(plan.make(name, settings), settings)
 
@@ -274,6 +287,12 @@ def order_of(made: Plan, settings: Settings) -> Order:
         raise BakehouseError(
             f"there are no container images of the platform {wanted.platform} yet",
             hint=f"there are of {', '.join(known)}",
+        )
+    if misplaced := wanted.elements & OF_MACHINES:
+        names = " and ".join(sorted(misplaced))
+        raise BakehouseError(
+            f"{made.name} has {names}, for the machine itself: not for a container",
+            hint=f"bake it or bootstrap it; or give nodes {names} by a manifest {NODES} of your own (docs/hybrid.md)",
         )
     return wanted
 

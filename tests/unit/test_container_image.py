@@ -73,6 +73,18 @@ def test_only_what_the_base_image_lacks_is_applied(settings: Settings) -> None:
     ]
 
 
+def test_what_sets_a_machine_up_belongs_in_the_nodes_image(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(BakehouseError, match="slurm-roce has bare-metal and roce, for the machine itself") as caught:
+        container_image.order("slurm-roce", settings)
+    assert "by a manifest hybrid of your own" in caught.value.hint
+    (tmp_path / "hybrid.yaml").write_text(
+        "extends: debian-13\nplatform: base\ncomponents: [non-free-firmware]\nkernel: generic\n"
+        "elements: [container-host, bare-metal, roce]\n"
+    )
+    own = settings.model_copy(update={"manifests": [tmp_path]})
+    assert container_image.order("slurm-roce", own).elements == {"slurm-node"}
+
+
 def test_the_bundle_says_it_in_words_of_a_shell(settings: Settings, shelf: Shelf, tmp_path: Path) -> None:
     wanted = order("slurm", settings)
     bundle = tmp_path / "bundle"
