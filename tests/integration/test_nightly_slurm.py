@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bakehouse import REPOSITORY, cluster, container, run
+from bakehouse import REPOSITORY, cluster, container, run, waiting
 from bakehouse.cluster import Cluster
 from bakehouse.container import Container
 from bakehouse.network import FOLDER, GATEWAY
@@ -60,9 +60,20 @@ class Farm:
             env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def night(self, *names: str) -> Any:
+    def start_night(self, *names: str, json: bool = False) -> subprocess.Popen[str]:
         words = [word for name in names for word in ("--platform", name)]
-        process = self.start("nightly", "--executor", "slurm", "--no-verify", "--json", *words)
+        return self.start("nightly", "--executor", "slurm", "--no-verify", *words, *(["--json"] if json else []))
+
+    def begin(self, *names: str) -> subprocess.Popen[str]:
+        """Start a night and wait until its bakes have begun."""
+        started = self.start_night(*names)
+        assert started.stdout is not None
+        assert any(line.startswith("Slurm job") for line in started.stdout)
+        time.sleep(4)
+        return started
+
+    def night(self, *names: str) -> Any:
+        process = self.start_night(*names, json=True)
         out, err = process.communicate(timeout=1800)
         assert process.returncode == 0, out + err
         return json.loads(out)
@@ -187,13 +198,7 @@ def test_a_night_that_was_killed_finds_its_tasks_again(farm: Farm) -> None:
     before = len(LocalStore(farm.folder / "store").records())
     for name in IMAGES[:2]:
         farm.change(name)
-    words = ("--platform", "one", "--platform", "two")
-    started = farm.start("nightly", "--executor", "slurm", "--no-verify", *words)
-    assert started.stdout is not None
-    for line in started.stdout:
-        if line.startswith("Slurm job"):
-            break
-    time.sleep(4)
+    started = farm.begin("one", "two")
     started.kill()
     started.communicate()
     assert farm.tasks() != "", "the bakes go on"
@@ -205,18 +210,10 @@ def test_a_night_that_was_killed_finds_its_tasks_again(farm: Farm) -> None:
 
 def test_a_night_that_is_ended_ends_its_tasks(farm: Farm) -> None:
     farm.change("three")
-    started = farm.start("nightly", "--executor", "slurm", "--no-verify", "--platform", "three")
-    assert started.stdout is not None
-    for line in started.stdout:
-        if line.startswith("Slurm job"):
-            break
-    time.sleep(4)
+    started = farm.begin("three")
     started.terminate()
     started.communicate()
-    deadline = time.monotonic() + 60
-    while farm.tasks() and time.monotonic() < deadline:
-        time.sleep(1)
-    assert farm.tasks() == ""
+    waiting.until("end of its tasks", lambda: farm.tasks() == "", 60, last_words=farm.tasks)
     night = farm.night("three")
     assert [image["state"] for image in night["images"]] == ["built"]
     assert not [*(farm.folder / "store").glob(".incoming*")]
@@ -224,11 +221,9 @@ def test_a_night_that_is_ended_ends_its_tasks(farm: Farm) -> None:
 
 def test_a_builder_that_dies_is_replaced_by_slurm(farm: Farm) -> None:
     farm.change("four")
-    started = farm.start("nightly", "--executor", "slurm", "--no-verify", "--json", "--platform", "four")
-    deadline = time.monotonic() + 120
-    while not (busy := _running_on(farm)):
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    started = farm.start_night("four", json=True)
+    waiting.until("its task", lambda: _running_on(farm) != "", 120, poll=0.5, last_words=farm.tasks)
+    busy = _running_on(farm)
     time.sleep(3)
     farm.nodes[busy].power_off(clean=False)
     farm.slurm.controller.run("scontrol", "update", f"nodename={busy}", "state=down", "reason=gone")

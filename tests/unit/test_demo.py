@@ -146,6 +146,28 @@ def test_a_process_that_has_ended_but_was_not_waited_for_does_not_run() -> None:
     assert process.started(child.pid) == -1
 
 
+WITHOUT_FIRST_THREAD = """
+import ctypes, threading
+threading.Thread(target=input).start()
+print("ready", flush=True)
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_process_goes_on_while_one_of_its_threads_does() -> None:
+    """A registry that was killed, for one, listens until the last of them has ended."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WITHOUT_FIRST_THREAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        stat = Path(f"/proc/{child.pid}/stat")
+        waiting.until("end of its first thread", lambda: ") Z " in stat.read_text(), 5, poll=0.005)
+        assert process.started(child.pid) > 0
+        child.kill()
+        waiting.until("end", lambda: process.started(child.pid) == -1, 5, poll=0.005)
+
+
 # Up and down.
 
 
