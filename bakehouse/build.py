@@ -120,7 +120,7 @@ def bake(
     Raises:
         BakehouseError: a stage failed. Nothing is left behind but the log.
     """
-    host.must_have_tools()
+    host.must_have_tools(host.TOOLS + (host.PACKER_TOOLS if wanted.origin else ()))
 
     def say(text: str) -> None:
         console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from bakehouse import waiting
 from bakehouse.errors import BakehouseError
 from bakehouse.network import FOLDER, INSIDE, Network
+from bakehouse.run import PASSED_ON
 
 START_SECONDS = 60
 
@@ -113,7 +115,10 @@ class Chroot:
         done = subprocess.run(
             [*self.network.but_for_network, "chroot", str(self.root), "sh", "-c", script, "sh", *packages],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive", "LANG": "C.UTF-8"},
+            env={
+                **{name: value for name, value in os.environ.items() if name in PASSED_ON and "proxy" in name.lower()},
+                "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive", "LANG": "C.UTF-8",
+            },
         )  # fmt: skip
         if done.returncode != 0:
             raise BakehouseError(

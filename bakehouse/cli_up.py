@@ -14,7 +14,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from bakehouse import cli_nodes, machine, pin, run, server, server_checks, teardown, timeline, userdata
+from bakehouse import cli_nodes, machine, manifest, pin, run, server, server_checks, teardown, timeline, userdata
 from bakehouse import launch as launches
 from bakehouse import settings as site
 from bakehouse.cache import write_atomically
@@ -160,9 +160,10 @@ def user_data(
             "--user-data and --controller" if file else "nothing says how the nodes join",
             hint="--user-data FILE, or --controller HOST with --broker, --ca and --token-file, or with --key-file",
         )
-    if not file and wish.platform in {"kubernetes", "roce"}:
+    if not file and (platform := _platform(wish.platform)) in {"kubernetes", "roce"}:
+        of = "" if platform == wish.platform else f" (platform {platform})"
         raise BakehouseError(
-            f"--controller is for Slurm nodes, and --platform is {wish.platform}",
+            f"--controller is for Slurm nodes, and --platform is {wish.platform}{of}",
             hint=f"`invoke userdata --platform {wish.platform}` makes a file for --user-data",
         )
     if wish.count > 1 and shared.token_file and NODE not in shared.token_file:
@@ -180,6 +181,12 @@ def user_data(
         ))  # fmt: skip
 
     return make
+
+
+def _platform(name: str) -> str:
+    """Return the platform of a manifest; the name itself where this site has no such manifest, only images of it."""
+    places = manifest.folders(site.load().manifests)
+    return str(manifest.resolve(name, places).manifest.platform) if name in manifest.find_all(places) else name
 
 
 # Up.

@@ -190,7 +190,10 @@ def _make(wanted: Plan, settings: Settings, scratch: Path, console: Console) -> 
         for one in (changed, host):
             bake_quietly(one, own)
         with container_image.opened(shelf, quiet):
-            container_image.make(container_image.order_of(changed, own), shelf, quiet)
+            order = container_image.order_of(changed, own)
+            container_image.make(order, shelf, quiet)
+            # From a snapshot the base root comes out the same, and the image would be found when it is to be built.
+            shelf.note(order.key).unlink()
 
     def push_anew(which: Plan) -> None:
         run.remove_tree(own.cache / "base")

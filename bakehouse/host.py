@@ -348,6 +348,8 @@ def needed_by(words: Sequence[str]) -> tuple[Tool, ...]:
         words: the task and its flags.
     """
     task = words[0] if words else ""
+    # --path=hybrid and --path hybrid alike.
+    words = [part for word in words for part in word.split("=")]
     if task == "test":
         return TOOLS + TEST_TOOLS + CONTAINER_TOOLS + PACKER_TOOLS
     if task.partition(".")[0] in {"container", "registry", "compare"} or {"up", "hybrid"} <= {*words}:

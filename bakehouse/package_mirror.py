@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from bakehouse.chroot import Chroot
 from bakehouse.network import GATEWAY, Network
@@ -60,6 +63,8 @@ class PackageMirror(Chroot):
         ]  # fmt: skip
         for (name, aliases), mirror in zip(ALIASES.items(), mirrors, strict=True):
             lines.append(f"Remap-{name}: {aliases} ; {mirror}")
+        if proxy := proxy_to(mirrors):
+            lines.append(f"Proxy: {proxy}")
         self.write("etc/bakehouse-mirror/acng.conf", "\n".join(lines) + "\n")
         self._cache.mkdir(parents=True, exist_ok=True)
         self.network.run(["mount", "--bind", self._cache.absolute(), self.root / KEPT.lstrip("/")])
@@ -78,6 +83,12 @@ class PackageMirror(Chroot):
             self.daemon("socat-in", ["socat", listen, f"UNIX-CONNECT:{SOCKET}"])
         ask = f"import urllib.request; urllib.request.urlopen('{self.proxy}/', timeout=5)"
         self.wait_for(NAME, lambda: "HTTP Error 406" in self.run("python3", "-c", ask).stderr)
+
+
+def proxy_to(mirrors: Sequence[str]) -> str:
+    """Return the HTTP proxy that this host reaches mirrors by, as apt takes it from the environment; empty for none."""
+    direct = [urllib.request.proxy_bypass(urlsplit(mirror).netloc) for mirror in mirrors]
+    return "" if all(direct) else urllib.request.getproxies_environment().get("http", "")
 
 
 def _free_port() -> int:

@@ -1,7 +1,7 @@
 """Packer, driven through python-packer, whose defects are worked around here and nowhere else.
 
-Runs as a program, too (``packer_client.py TEMPLATE VARIABLES BUILDER``), in the isolated place of a bake. Imports
-nothing of this library, since it may run under sudo.
+Runs as a program, too (``packer_client.py TEMPLATE VARIABLES BUILDER [SECONDS]``), in the isolated place of a bake.
+Imports nothing of this library, since it may run under sudo.
 
 python-packer 0.1.2 dates from Python 2:
 
@@ -32,7 +32,7 @@ ENVIRONMENT = {"CHECKPOINT_DISABLE": "1", "PACKER_NO_COLOR": "1"}
 """Variables of Packer: it asks nobody for news of itself, and what it says goes to a log."""
 
 STOP_SECONDS = 60.0
-"""How long Packer has to remove what it made after SIGTERM before it gets SIGKILL."""
+"""What Packer has on this host to remove what it made."""
 
 
 class PackerError(Exception):
@@ -87,12 +87,13 @@ class Client(packer.Packer):  # type: ignore[misc]  # it has no types
         options = {"_env": {**os.environ, **ENVIRONMENT}, "_tty_out": False}
         self.packer = sh.Command("setpriv").bake("--pdeathsig", "TERM", shutil.which(executable), **options)
 
-    def build(self, out: IO[bytes], *, force: bool = False) -> None:
+    def build(self, out: IO[bytes], *, force: bool = False, stop_seconds: float = STOP_SECONDS) -> None:
         """Build, passing on what Packer says as it says it. SIGTERM stops Packer, which removes what it made.
 
         Args:
             out: takes what Packer says.
             force: replace what an earlier build has left in the output folder.
+            stop_seconds: how long Packer has to remove what it made after SIGTERM before it gets SIGKILL.
 
         Raises:
             PackerError: Packer failed.
@@ -107,7 +108,7 @@ class Client(packer.Packer):  # type: ignore[misc]  # it has no types
         def end(_number: int, _frame: FrameType | None) -> None:
             # A second signal stops it at once: what it made is then left for others to remove.
             signal.signal(signal.SIGALRM, lambda *_: running.signal(signal.SIGKILL))
-            signal.setitimer(signal.ITIMER_REAL, STOP_SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, stop_seconds)
             running.signal(signal.SIGTERM)
 
         before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
@@ -173,10 +174,12 @@ class Client(packer.Packer):  # type: ignore[misc]  # it has no types
 
 
 def main() -> int:
-    """Build a template; its arguments are the template, the file of its variables, and the name of a builder."""
-    _, template, variables, builder = sys.argv
+    """Build a template; arguments are the template, its variables' file, a builder's name, and seconds to stop in."""
+    _, template, variables, builder, *more = sys.argv
+    seconds = float(more[0]) if more else STOP_SECONDS
     try:
-        Client(Path(template), variable_file=Path(variables), only=(builder,)).build(sys.stdout.buffer)
+        client = Client(Path(template), variable_file=Path(variables), only=(builder,))
+        client.build(sys.stdout.buffer, stop_seconds=seconds)
     except PackerError as error:
         print(f"packer_client: {error}")  # noqa: T201
         return 1

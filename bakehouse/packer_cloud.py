@@ -100,8 +100,8 @@ def disk_of(job: Job, folder: Path, write: Callable[[Mapping[str, str]], list[st
             wanted = (server.network,) if server.network else ()
             command = write(variables | {"network": server_checks.choose_networks(cloud, wanted, there)[0]})
             # Ended with us, however we end, so that it deletes its server.
-            run.run(["setpriv", "--pdeathsig", "TERM", *command], job.log, environment=environment,
-                    stop_seconds=STOP_SECONDS)  # fmt: skip
+            run.run(["setpriv", "--pdeathsig", "TERM", *command, str(STOP_SECONDS)], job.log, environment=environment,
+                    stop_seconds=STOP_SECONDS + HURRY_SECONDS)  # fmt: skip
             return _fetched(cloud, name, folder)
         finally:
             with cloud.hurried(HURRY_SECONDS):
@@ -129,7 +129,7 @@ def _fetched(cloud: Cloud, name: str, folder: Path) -> Path:
 
 
 def _remove(cloud: Cloud, name: str) -> list[str]:
-    """Delete servers and images of a name. Return what they were."""
+    """Delete servers, volumes and images of a name. Return what they were."""
     removed = []
     for one in teardown.servers(cloud):
         if one["name"] == name and one.get("tenant_id") == cloud.project:
@@ -142,4 +142,18 @@ def _remove(cloud: Cloud, name: str) -> list[str]:
             with suppress(BakehouseError):
                 glance.delete(image)
                 removed.append(f"image {image.id}")
+    for volume in _volumes(cloud, name):
+        # One that a server is still giving up is not deleted: the next bake does it.
+        with suppress(BakehouseError):
+            path = f"/volumes/{volume}"
+            cloud.request("DELETE", path, service="block-storage", ok=(202, 404), what="deleting a volume")
+            removed.append(f"volume {volume}")
     return removed
+
+
+def _volumes(cloud: Cloud, name: str) -> list[str]:
+    if not cloud.has("block-storage"):
+        return []
+    found = teardown.listed(cloud, "/volumes/detail", "volumes", service="block-storage")
+    mine = [one for one in found if one.get("os-vol-tenant-attr:tenant_id", cloud.project) == cloud.project]
+    return [one["id"] for one in mine if one["name"] == name]

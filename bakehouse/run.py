@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -269,11 +270,19 @@ def as_root() -> list[str]:
     return ["sudo", "-n", "--"]
 
 
-def give_back(*paths: Path) -> None:
-    """Make files that root wrote belong to the user who runs us."""
+def give_back(*paths: Path, but: Sequence[Path] = ()) -> None:
+    """Make files that root wrote belong to the user who runs us.
+
+    Args:
+        paths: files, and folders with all that is in them.
+        but: what stays as it is, with all that is in it.
+    """
     if os.geteuid() != 0:
-        owner = f"{os.getuid()}:{os.getgid()}"
-        subprocess.run([*as_root(), "chown", "-R", "-h", owner, "--", *map(str, paths)], check=True)
+        left: list[str] = []
+        for path in but:
+            left += ["-path", glob.escape(str(path)), "-prune", "-o"]
+        chown = ["-exec", "chown", "-h", f"{os.getuid()}:{os.getgid()}", "--", "{}", "+"]
+        subprocess.run([*as_root(), "find", *map(str, paths), *left, "-user", "root", *chown], check=True)
 
 
 def remove_tree(path: Path) -> None:

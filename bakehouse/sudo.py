@@ -12,6 +12,8 @@ import threading
 from platformdirs import user_state_path
 
 from bakehouse import run
+from bakehouse.cache import BaseCache
+from bakehouse.container_image import Shelf
 from bakehouse.settings import Settings
 
 STATE = user_state_path("bakehouse")
@@ -20,7 +22,11 @@ STATE = user_state_path("bakehouse")
 LIFELINE = "BAKEHOUSE_LIFELINE"
 """Tells the second run that its standard input ends when the first one does."""
 
-KEPT = ("HOME", "LANG", "TERM", "PATH", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME")
+KEPT = (
+    *run.PASSED_ON, "PATH", "REGISTRY_AUTH_FILE",
+    "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME",
+)  # fmt: skip
+"""Variables that the second run gets, beside our own."""
 
 
 def again_as_root(settings: Settings, words: list[str] | None = None, *, stdout: int | None = None) -> int | None:
@@ -58,7 +64,9 @@ def again_as_root(settings: Settings, words: list[str] | None = None, *, stdout:
         except run.Terminated:
             status = _end(process)
     if written := [place for place in (settings.store, settings.cache, STATE) if place.exists()]:
-        run.give_back(*written)
+        # Files of images that are being made, or that later ones are made of, have the owners that they have in them.
+        cache = BaseCache(settings.cache)
+        run.give_back(*written, but=[Shelf(cache).storage, *cache.work.glob("*")])
     return status
 
 

@@ -166,6 +166,8 @@ def test_tools_are_installed_for_the_tasks_that_need_them() -> None:
     assert not {"buildah", "docker-registry"} & (names["bake"] | names[""])
     assert {"buildah", "docker-registry"} <= names["container.build"] & names["test"]
     assert "systemd-nspawn" not in names["container.build"]
+    for words, tool in ((["up", "--path=hybrid"], "buildah"), (["bake", "--builder=packer"], "packer")):
+        assert tool in {tool.name for tool in host.needed_by(words)}, words
 
 
 def test_an_image_is_found_until_its_base_root_is_renewed(settings: Settings, shelf: Shelf) -> None:

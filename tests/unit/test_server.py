@@ -743,7 +743,7 @@ def joining(*, wanted: Wish | None = None, **more: Any) -> cli_up.UserData:
     return cli_up.user_data(wanted or wish(), Shared(**{**shared, **more}), **own)
 
 
-def test_user_data_comes_from_a_file_or_from_what_a_join_needs(tmp_path: Path) -> None:
+def test_user_data_comes_from_a_file_or_from_what_a_join_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "blue-1.yaml").write_text("#cloud-config\n")
     assert joining(file=f"{tmp_path}/{{node}}.yaml")("blue-1") == "#cloud-config\n"
     with pytest.raises(BakehouseError, match=r"blue-2.yaml cannot be read"):
@@ -757,6 +757,10 @@ def test_user_data_comes_from_a_file_or_from_what_a_join_needs(tmp_path: Path) -
         joining(file="x", controllers=["ctl"])
     with pytest.raises(BakehouseError, match="--controller is for Slurm nodes"):
         joining(controllers=["ctl"], wanted=wish(platform="kubernetes"))
+    (tmp_path / "k8s-gpu.yaml").write_text("extends: kubernetes\n")
+    monkeypatch.setenv("BAKEHOUSE_MANIFESTS", str(tmp_path))
+    with pytest.raises(BakehouseError, match=r"Slurm nodes, and --platform is k8s-gpu \(platform kubernetes\)"):
+        joining(controllers=["ctl"], wanted=wish(platform="k8s-gpu"))
     with pytest.raises(BakehouseError, match="a token is for one node"):
         joining(controllers=["ctl"], token_file="token", wanted=wish(count=2))
 

@@ -95,15 +95,28 @@ def test_the_second_run_has_the_words_and_the_variables_of_the_first(somebody: S
     somebody.monkeypatch.setenv("XDG_STATE_HOME", "/home/state")
     somebody.monkeypatch.setenv("LD_PRELOAD_X", "no")
     somebody.monkeypatch.setenv("OS_PASSWORD", "no")
+    somebody.monkeypatch.setenv("https_proxy", "http://proxy:3128")
     assert somebody.again() == 0
     words, environment = somebody.seen()
     assert words == ["-m", "invoke", "cluster.run", "srun hostname; echo $HOME 'x y'"]
     kept = {
         "HOME": "/home/some body", "BAKEHOUSE_STORE": "/srv/images; true", "XDG_STATE_HOME": "/home/state",
-        "PATH": os.environ["PATH"], sudo.LIFELINE: "1",
+        "PATH": os.environ["PATH"], sudo.LIFELINE: "1", "https_proxy": "http://proxy:3128",
     }  # fmt: skip
     assert {name: environment[name] for name in kept} == kept
     assert not {"LD_PRELOAD_X", "OS_PASSWORD"} & set(environment)
+
+
+def test_what_belongs_into_images_keeps_its_owners(somebody: Somebody) -> None:
+    """The layers of containers, and the root of a bake that runs beside."""
+    cache = somebody.settings.cache
+    ours, theirs = [cache / "kvm", cache / "work"], [cache / "work/slurm+x/tree/su", cache / "containers/storage/l/etc"]
+    for path in [*ours, *theirs]:
+        path.mkdir(parents=True, exist_ok=True)
+    somebody.monkeypatch.setattr(os, "getuid", lambda: 1000)
+    assert somebody.again() == 0
+    assert [path.stat().st_uid for path in ours] == [1000, 1000]
+    assert [path.stat().st_uid for path in theirs] == [0, 0]
 
 
 def test_another_task_can_be_run_as_root(somebody: Somebody) -> None:
@@ -118,11 +131,13 @@ def test_the_second_runs_status_is_passed_on(somebody: Somebody, status: int) ->
 
 
 def test_what_root_wrote_belongs_to_the_user_afterwards(somebody: Somebody) -> None:
-    somebody.settings.store.mkdir()
+    image = somebody.settings.store / "20260101-aaaaaaa" / "image.qcow2"
+    image.parent.mkdir(parents=True)
+    image.touch()
+    somebody.monkeypatch.setattr(os, "getuid", lambda: 1000)
     somebody.second_run("sys.exit(1)")
     somebody.again()
-    owner = f"{os.getuid()}:{os.getgid()}"
-    assert f"-n -- chown -R -h {owner} -- {somebody.settings.store}" in somebody.calls.read_text().splitlines()
+    assert {path.stat().st_uid for path in (image, image.parent, somebody.settings.store)} == {1000}
 
 
 def test_without_a_sudo_that_asks_no_password_it_says_so(somebody: Somebody) -> None:
