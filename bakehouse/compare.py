@@ -81,6 +81,7 @@ METHOD = (
     "Joined is what the join agent says on the console; the controller runs jobs on the node then.",
     "Bytes over the network are those that reached the node's port until it had joined.",
     "The image is not among them: it is a file of this host, as on a hypervisor that holds it already.",
+    "What it takes to upload an image to a cloud, and a hypervisor to fetch it first, is in no figure: see its size.",
     "Bytes on disk are those of the image file and of what the node has written since.",
     f"Memory is what is in use {REST_SECONDS:.0f} s after the join, caches left out.",
     "Making is measured once, with downloaded packages.",

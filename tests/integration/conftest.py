@@ -164,13 +164,14 @@ def push(settings: Settings, to: LocalRegistry | Target, name: str = "slurm") ->
 Invoke = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def invoking(environment: dict[str, str], prefix: Sequence[str] = ()) -> Invoke:
+def invoking(environment: dict[str, str], prefix: Sequence[str] = (), seconds: float = 300) -> Invoke:
     """Return what runs a task as people do, with variables beside those that there are, and after a prefix."""
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*prefix, sys.executable, "-m", "invoke", *words],
-            cwd=REPOSITORY, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=300,
+            cwd=REPOSITORY, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+            timeout=seconds,
         )  # fmt: skip
 
     return run

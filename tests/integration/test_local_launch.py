@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from bakehouse import REPOSITORY, process
+from bakehouse import process
 from bakehouse.record import Record
 from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
 from bakehouse.timeline import JOINED
+from tests.integration.conftest import Invoke, invoking
 
 pytestmark = pytest.mark.slow
 
@@ -22,18 +21,18 @@ SECONDS = 900
 """How long a launch may take on a busy host."""
 
 
-def test_a_node_comes_up_joined_stays_and_goes(baked: Record, real_settings: Settings, tmp_path: Path) -> None:
+@pytest.fixture
+def invoke(real_settings: Settings, tmp_path: Path) -> Invoke:
     environment = {
-        **os.environ, "BAKEHOUSE_STORE": str(real_settings.store), "BAKEHOUSE_CACHE": str(real_settings.cache),
+        "BAKEHOUSE_STORE": str(real_settings.store), "BAKEHOUSE_CACHE": str(real_settings.cache),
         "XDG_STATE_HOME": str(tmp_path),
     }  # fmt: skip
+    return invoking(environment, seconds=SECONDS)
 
-    def invoke(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "invoke", *words], cwd=REPOSITORY, env=environment, capture_output=True, text=True,
-            check=False, timeout=SECONDS,
-        )  # fmt: skip
 
+def test_a_node_comes_up_joined_stays_and_goes(
+    baked: Record, real_settings: Settings, invoke: Invoke, tmp_path: Path
+) -> None:
     up = ("up", "--platform", "slurm", "--on", "qemu", "--name", "blue", "--json")
     try:
         done = invoke(*up)
@@ -62,3 +61,21 @@ def test_a_node_comes_up_joined_stays_and_goes(baked: Record, real_settings: Set
     assert process.started(made["keeper"]) == -1
     assert not [*(tmp_path / "bakehouse/machines").iterdir()]
     assert "Nothing of it is on this host" in invoke("down", "--on", "qemu", "--all").stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", ["hybrid", "bootstrap"])
+def test_a_plain_node_becomes_one_of_the_platform(baked: Record, invoke: Invoke, path: str) -> None:
+    """What it is made of is built or found for it, and served to it alone."""
+    try:
+        done = invoke("up", "--platform", "slurm", "--on", "qemu", "--path", path, "--name", "green", "--json")
+        assert done.returncode == 0, done.stderr
+        made = json.loads(done.stdout)
+        (node,) = made["running"]
+        assert any(moment["name"] == JOINED for moment in node["timeline"]["moments"])
+        job = [*made["controller"], "srun", "--nodelist=green-1", "hostname"]
+        assert subprocess.run(job, capture_output=True, text=True, check=True, timeout=120).stdout.strip() == "green-1"
+    finally:
+        down = invoke("down", "--on", "qemu", "--name", "green")
+    assert down.returncode == 0, down.stderr
+    assert process.started(made["keeper"]) == -1

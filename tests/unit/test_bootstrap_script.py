@@ -44,10 +44,11 @@ def place() -> Iterator[str]:
 def fetch(url: str, target: Path, sha256: str = SHA256) -> str:
     """Fetch as the script does. Return what it says; nothing where all is well."""
     (program,) = re.findall(r"<<'PYTHON'\n(.*?)^PYTHON$", (PLAY / "bakehouse-bootstrap").read_text(), flags=re.M | re.S)
-    return subprocess.run(
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         [sys.executable, "-", target], input=program, env={**os.environ, "URL": url, "SHA256": sha256, "no_proxy": "*"},
         capture_output=True, text=True, check=False,
-    ).stderr  # fmt: skip
+    )  # fmt: skip
+    return done.stderr
 
 
 @pytest.mark.parametrize("url", ["http://{place}/open", "http://ops:s3%2Fcret@{place}/guarded"])
