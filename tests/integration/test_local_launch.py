@@ -13,7 +13,8 @@ from bakehouse.record import Record
 from bakehouse.settings import Settings
 from bakehouse.store import LocalStore
 from bakehouse.timeline import JOINED
-from tests.integration.conftest import Invoke, invoking
+from bakehouse.userdata import BASES
+from tests.integration.conftest import Invoke, bake, invoking
 
 pytestmark = pytest.mark.slow
 
@@ -65,8 +66,11 @@ def test_a_node_comes_up_joined_stays_and_goes(
 
 @pytest.mark.long
 @pytest.mark.parametrize("path", ["hybrid", "bootstrap"])
-def test_a_plain_node_becomes_one_of_the_platform(baked: Record, invoke: Invoke, path: str) -> None:
+def test_a_plain_node_becomes_one_of_the_platform(
+    baked: Record, real_settings: Settings, invoke: Invoke, path: str
+) -> None:
     """What it is made of is built or found for it, and served to it alone."""
+    bake(real_settings, BASES[path])
     try:
         done = invoke("up", "--platform", "slurm", "--on", "qemu", "--path", path, "--name", "green", "--json")
         assert done.returncode == 0, done.stderr
