@@ -77,9 +77,10 @@ class LocalStore:
         begins = [record for record in everything if tag and record.tag.startswith(tag)]
         fitting = exact or named or begins
         if not fitting:
+            bake = f"`invoke bake --platform {'slurm' if tag[:1].isdigit() or not tag else tag}` bakes one"
             raise BakehouseError(
                 f"there is no image '{tag}' in {self.root}",
-                hint="`invoke images` lists them" if everything else "bake one: `invoke bake --platform slurm`",
+                hint=f"`invoke images` lists them; {bake}" if everything else bake,
             )
         if len(fitting) > 1:
             raise BakehouseError(
